@@ -1,0 +1,85 @@
+// Checks and dispatch of the Hamming family on torch tensors.
+#include "hamming.h"
+
+#include "../checks.h"
+#include "../kernels.h"
+#include "hamming_driver.h"
+#include "torch_support.h"
+
+namespace embedding_kernels::cpu {
+namespace {
+
+const char* const kFloatRows =
+    "a float32, bfloat16 or float16 tensor [N, D] (float64 runs with backend=\"reference\")";
+
+void check_codes(const char* op, const Tensor& queries, const Tensor& codes) {
+  check_tensor(op, "queries", queries, "a uint8 tensor [Q, B]", {ScalarType::Byte}, 2);
+  check_tensor(op, "codes", codes, "a uint8 tensor [N, B]", {ScalarType::Byte}, 2);
+  check_size(op, "codes", codes, 1, queries.size(1), "the width of queries");
+  check_same_device(op, "queries", queries, "codes", codes);
+}
+
+Codes rows_of(const Tensor& codes) {
+  return {static_cast<const uint8_t*>(codes.const_data_ptr()), codes.size(0), codes.stride(0), codes.size(1)};
+}
+
+}  // namespace
+
+Tensor pack_bits(Tensor x) {
+  check_tensor("pack_bits", "x", x, kFloatRows, kFloats, 2);
+  x = dense_rows(x);
+  const int64_t rows = x.size(0), dim = x.size(1), bytes = (dim + 7) / 8;
+  Tensor out = torch::stable::empty({rows, bytes}, ScalarType::Byte);
+  const auto pack = hamming_loops().pack_bits[dtype_of(x)];
+  const auto* from = static_cast<const uint8_t*>(x.const_data_ptr());
+  auto* to = static_cast<uint8_t*>(out.mutable_data_ptr());
+  const int64_t row_bytes = x.stride(0) * static_cast<int64_t>(x.element_size());
+  const int64_t grain = std::max<int64_t>(1, (int64_t{1} << 15) / std::max<int64_t>(dim, 1));
+  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) pack(from + n * row_bytes, dim, to + n * bytes);
+  });
+  return out;
+}
+
+Tensor hamming_distance(Tensor queries, Tensor codes) {
+  check_codes("hamming_distance", queries, codes);
+  queries = dense_rows(queries);
+  codes = dense_rows(codes);
+  Tensor out = torch::stable::empty({queries.size(0), codes.size(0)}, ScalarType::Int);
+  embedding_kernels::hamming_distance(hamming_loops(), rows_of(queries), rows_of(codes),
+                                      static_cast<int32_t*>(out.mutable_data_ptr()), torch_threads(),
+                                      TorchParallelFor());
+  return out;
+}
+
+std::tuple<Tensor, Tensor> hamming_topk(Tensor queries, Tensor codes, int64_t k, std::optional<Tensor> allowed,
+                                        std::optional<Tensor> code_norms) {
+  const char* const op = "hamming_topk";
+  check_codes(op, queries, codes);
+  check_at_least(op, "k", k, 1);
+  const int64_t count = codes.size(0);
+  if (allowed) {
+    check_tensor(op, "allowed", *allowed, "a uint8 tensor [ceil(N / 8)]", {ScalarType::Byte}, 1);
+    check_size(op, "allowed", *allowed, 0, (count + 7) / 8, "one bit a code");
+  }
+  if (code_norms) {
+    check_tensor(op, "code_norms", *code_norms, "an int32 tensor [N]", {ScalarType::Int}, 1);
+    check_size(op, "code_norms", *code_norms, 0, count, "one for each code");
+  }
+  if (allowed) check_same_device(op, "queries", queries, "allowed", *allowed);
+  if (code_norms) check_same_device(op, "queries", queries, "code_norms", *code_norms);
+
+  queries = dense_rows(queries);
+  codes = dense_rows(codes);
+  const std::optional<Tensor> mask = allowed ? std::optional(torch::stable::contiguous(*allowed)) : std::nullopt;
+  Tensor distances = torch::stable::empty({queries.size(0), k}, ScalarType::Int);
+  Tensor indices = torch::stable::empty({queries.size(0), k}, ScalarType::Long);
+  const TopK out = {k, static_cast<int32_t*>(distances.mutable_data_ptr()),
+                    static_cast<int64_t*>(indices.mutable_data_ptr())};
+  embedding_kernels::hamming_topk(hamming_loops(), rows_of(queries), rows_of(codes),
+                                  mask ? static_cast<const uint8_t*>(mask->const_data_ptr()) : nullptr, out,
+                                  torch_threads(), TorchParallelFor());
+  return {distances, indices};
+}
+
+}  // namespace embedding_kernels::cpu

@@ -1,0 +1,369 @@
+// Compiled once for each level of instruction set. No torch, no STL, no threads: a weak symbol from a header, compiled
+// here with AVX-512, could be the copy that the linker gives to everybody.
+#include "hamming.h"
+#include "level.h"
+
+namespace embedding_kernels {
+namespace {
+
+inline uint64_t load_word(const uint8_t* from) {
+  uint64_t word;
+  __builtin_memcpy(&word, from, 8);
+  return word;
+}
+
+// The last 1 to 7 bytes of a code, zero above.
+inline uint64_t load_tail(const uint8_t* from, int64_t bytes) {
+  uint64_t word = 0;
+  for (int64_t i = 0; i < bytes; ++i) word |= static_cast<uint64_t>(from[i]) << (8 * i);
+  return word;
+}
+
+inline uint64_t reverse_bits_in_bytes(uint64_t x) {
+  x = (x & 0x5555555555555555u) << 1 | (x >> 1 & 0x5555555555555555u);
+  x = (x & 0x3333333333333333u) << 2 | (x >> 2 & 0x3333333333333333u);
+  return (x & 0x0f0f0f0f0f0f0f0fu) << 4 | (x >> 4 & 0x0f0f0f0f0f0f0f0fu);
+}
+
+// A float is > 0 exactly where its bits, as an unsigned number less one, are below those of infinity: zero wraps
+// around, NaN and negative numbers lie above.
+constexpr uint32_t kInfinity32 = 0x7f800000u;
+template <Dtype dtype>
+constexpr uint16_t kInfinity16 = dtype == kBFloat16 ? 0x7f80u : 0x7c00u;
+
+template <Dtype dtype>
+inline bool is_positive(const void* x, int64_t i) {
+  if constexpr (dtype == kFloat32) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, static_cast<const uint8_t*>(x) + 4 * i, 4);
+    return bits - 1u < kInfinity32;
+  } else {
+    uint16_t bits;
+    __builtin_memcpy(&bits, static_cast<const uint8_t*>(x) + 2 * i, 2);
+    return static_cast<uint16_t>(bits - 1u) < kInfinity16<dtype>;
+  }
+}
+
+// `positive_mask` of 64 values, bit i for value i, is the vector part.
+template <Dtype dtype>
+inline uint64_t positive_mask(const void* x) {
+#if defined(EK_ISA_AVX512)
+  uint64_t mask = 0;
+  if constexpr (dtype == kFloat32) {
+    for (int part = 0; part < 4; ++part) {
+      const __m512i bits = _mm512_loadu_si512(static_cast<const uint8_t*>(x) + 64 * part);
+      const __m512i less = _mm512_sub_epi32(bits, _mm512_set1_epi32(1));
+      mask |= static_cast<uint64_t>(_mm512_cmplt_epu32_mask(less, _mm512_set1_epi32(kInfinity32))) << (16 * part);
+    }
+  } else {
+    for (int part = 0; part < 2; ++part) {
+      const __m512i bits = _mm512_loadu_si512(static_cast<const uint8_t*>(x) + 64 * part);
+      const __m512i less = _mm512_sub_epi16(bits, _mm512_set1_epi16(1));
+      mask |= static_cast<uint64_t>(_mm512_cmplt_epu16_mask(less, _mm512_set1_epi16(kInfinity16<dtype>)))
+              << (32 * part);
+    }
+  }
+  return mask;
+#elif defined(EK_ISA_AVX2)
+  uint64_t mask = 0;
+  if constexpr (dtype == kFloat32) {
+    for (int part = 0; part < 8; ++part) {
+      const __m256 values = _mm256_loadu_ps(static_cast<const float*>(x) + 8 * part);
+      const __m256 positive = _mm256_cmp_ps(values, _mm256_setzero_ps(), _CMP_GT_OQ);
+      mask |= static_cast<uint64_t>(static_cast<uint32_t>(_mm256_movemask_ps(positive))) << (8 * part);
+    }
+  } else {
+    for (int part = 0; part < 2; ++part) {
+      const uint8_t* from = static_cast<const uint8_t*>(x) + 64 * part;
+      const __m256i limit = _mm256_set1_epi16(static_cast<int16_t>(kInfinity16<dtype> + 1));
+      const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+      const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 32));
+      // as signed numbers: 0 < bits < infinity + 1
+      const __m256i zero = _mm256_setzero_si256();
+      const __m256i low_set = _mm256_and_si256(_mm256_cmpgt_epi16(low, zero), _mm256_cmpgt_epi16(limit, low));
+      const __m256i high_set = _mm256_and_si256(_mm256_cmpgt_epi16(high, zero), _mm256_cmpgt_epi16(limit, high));
+      const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packs_epi16(low_set, high_set), 0xd8);
+      mask |= static_cast<uint64_t>(static_cast<uint32_t>(_mm256_movemask_epi8(bytes))) << (32 * part);
+    }
+  }
+  return mask;
+#else
+  uint64_t mask = 0;
+  for (int i = 0; i < 64; ++i) mask |= static_cast<uint64_t>(is_positive<dtype>(x, i)) << i;
+  return mask;
+#endif
+}
+
+template <Dtype dtype>
+void pack_bits(const void* x, int64_t dim, uint8_t* out) {
+  constexpr int64_t size = dtype == kFloat32 ? 4 : 2;
+  int64_t i = 0;
+  for (; i + 64 <= dim; i += 64) {
+    const uint64_t bits = reverse_bits_in_bytes(positive_mask<dtype>(static_cast<const uint8_t*>(x) + size * i));
+    __builtin_memcpy(out + i / 8, &bits, 8);
+  }
+  for (; i < dim; i += 8) {
+    unsigned byte = 0;
+    for (int64_t j = i; j < i + 8; ++j) byte = byte << 1 | (j < dim && is_positive<dtype>(x, j));
+    out[i / 8] = static_cast<uint8_t>(byte);
+  }
+}
+
+// ---- one query ----
+
+#if defined(EK_ISA_AVX512)
+
+// Sums of the eight lanes of each of eight vectors, in the order of the vectors.
+inline __m512i sum_lanes(const __m512i (&x)[8]) {
+  __m512i pairs[4];
+  for (int i = 0; i < 4; ++i) {
+    pairs[i] = _mm512_add_epi64(_mm512_unpacklo_epi64(x[2 * i], x[2 * i + 1]),
+                                _mm512_unpackhi_epi64(x[2 * i], x[2 * i + 1]));
+  }
+  __m512i quads[2];
+  for (int i = 0; i < 2; ++i) {
+    quads[i] = _mm512_add_epi64(_mm512_shuffle_i64x2(pairs[2 * i], pairs[2 * i + 1], 0x88),
+                                _mm512_shuffle_i64x2(pairs[2 * i], pairs[2 * i + 1], 0xdd));
+  }
+  return _mm512_add_epi64(_mm512_shuffle_i64x2(quads[0], quads[1], 0x88),
+                          _mm512_shuffle_i64x2(quads[0], quads[1], 0xdd));
+}
+
+inline __m512i count_difference(const uint8_t* query, const uint8_t* code, int64_t bytes) {
+  __m512i sum = _mm512_setzero_si512();
+  int64_t i = 0;
+  for (; i + 64 <= bytes; i += 64) {
+    const __m512i differ = _mm512_xor_si512(_mm512_loadu_si512(query + i), _mm512_loadu_si512(code + i));
+    sum = _mm512_add_epi64(sum, _mm512_popcnt_epi64(differ));
+  }
+  if (i < bytes) {
+    const __mmask64 rest = ~uint64_t{0} >> (64 - (bytes - i));
+    const __m512i differ =
+        _mm512_xor_si512(_mm512_maskz_loadu_epi8(rest, query + i), _mm512_maskz_loadu_epi8(rest, code + i));
+    sum = _mm512_add_epi64(sum, _mm512_popcnt_epi64(differ));
+  }
+  return sum;
+}
+
+// Codes of at most 64 bytes: the query stays in a register.
+template <bool short_codes>
+inline __m512i difference_of_eight(const uint8_t* query, __m512i short_query, __mmask64 short_mask,
+                                   const uint8_t* codes, int64_t stride, int64_t bytes) {
+  __m512i sums[8];
+  for (int lane = 0; lane < 8; ++lane) {
+    const uint8_t* code = codes + lane * stride;
+    if constexpr (short_codes) {
+      sums[lane] = _mm512_popcnt_epi64(_mm512_xor_si512(short_query, _mm512_maskz_loadu_epi8(short_mask, code)));
+    } else {
+      sums[lane] = count_difference(query, code, bytes);
+    }
+  }
+  return sum_lanes(sums);
+}
+
+void distances(const uint8_t* query, const uint8_t* codes, int64_t stride, int64_t count, int64_t bytes,
+               int32_t* out) {
+  const bool short_codes = bytes > 0 && bytes <= 64;
+  const __mmask64 mask = short_codes ? ~uint64_t{0} >> (64 - bytes) : 0;
+  const __m512i short_query = _mm512_maskz_loadu_epi8(mask, query);
+  int64_t n = 0;
+  for (; n + 8 <= count; n += 8) {
+    const uint8_t* eight = codes + n * stride;
+    const __m512i sums = short_codes
+                             ? difference_of_eight<true>(query, short_query, mask, eight, stride, bytes)
+                             : difference_of_eight<false>(query, short_query, mask, eight, stride, bytes);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + n), _mm512_cvtepi64_epi32(sums));
+  }
+  for (; n < count; ++n) {
+    out[n] = static_cast<int32_t>(_mm512_reduce_add_epi64(count_difference(query, codes + n * stride, bytes)));
+  }
+}
+
+#else
+
+#if defined(EK_ISA_AVX2)
+// Ones in each byte of x, by table look-up of its halves.
+inline __m256i count_bytes(__m256i x) {
+  const __m256i table = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4,  //
+                                         0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
+  const __m256i low = _mm256_set1_epi8(0x0f);
+  return _mm256_add_epi8(_mm256_shuffle_epi8(table, _mm256_and_si256(x, low)),
+                         _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(x, 4), low)));
+}
+
+// Counts of up to eight ones a byte may be added this often before a byte overflows.
+constexpr int64_t kByteAdds = 31;
+#endif
+
+inline int32_t code_distance(const uint8_t* query, const uint8_t* code, int64_t bytes) {
+  int64_t sum = 0;
+  int64_t i = 0;
+#if defined(EK_ISA_AVX2)
+  __m256i total = _mm256_setzero_si256();
+  while (i + 32 <= bytes) {
+    __m256i ones = _mm256_setzero_si256();
+    for (int64_t adds = 0; adds < kByteAdds && i + 32 <= bytes; ++adds, i += 32) {
+      const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(query + i));
+      const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(code + i));
+      ones = _mm256_add_epi8(ones, count_bytes(_mm256_xor_si256(a, b)));
+    }
+    total = _mm256_add_epi64(total, _mm256_sad_epu8(ones, _mm256_setzero_si256()));
+  }
+  if (i > 0) {
+    const __m128i half = _mm_add_epi64(_mm256_castsi256_si128(total), _mm256_extracti128_si256(total, 1));
+    sum = _mm_cvtsi128_si64(half) + _mm_extract_epi64(half, 1);
+  }
+#endif
+  for (; i + 8 <= bytes; i += 8) sum += __builtin_popcountll(load_word(query + i) ^ load_word(code + i));
+  if (i < bytes) sum += __builtin_popcountll(load_tail(query + i, bytes - i) ^ load_tail(code + i, bytes - i));
+  return static_cast<int32_t>(sum);
+}
+
+void distances(const uint8_t* query, const uint8_t* codes, int64_t stride, int64_t count, int64_t bytes,
+               int32_t* out) {
+  for (int64_t n = 0; n < count; ++n) out[n] = code_distance(query, codes + n * stride, bytes);
+}
+
+#endif
+
+// ---- many queries: lane-wise counts over interleaved codes ----
+
+#if defined(EK_ISA_AVX512)
+constexpr int64_t kLanes = 8;
+struct Lanes {
+  __m512i sum = _mm512_setzero_si512();
+  static __m512i load(const uint64_t* from) { return _mm512_loadu_si512(from); }
+  static __m512i broadcast(uint64_t word) { return _mm512_set1_epi64(static_cast<int64_t>(word)); }
+  void add(__m512i a, __m512i b) { sum = _mm512_add_epi64(sum, _mm512_popcnt_epi64(_mm512_xor_si512(a, b))); }
+  void flush() {}
+  void store(int32_t* out) const {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi64_epi32(sum));
+  }
+};
+constexpr int64_t kFlush = int64_t{1} << 62;
+#elif defined(EK_ISA_AVX2)
+constexpr int64_t kLanes = 4;
+struct Lanes {
+  __m256i sum = _mm256_setzero_si256();
+  __m256i ones = _mm256_setzero_si256();
+  static __m256i load(const uint64_t* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
+  static __m256i broadcast(uint64_t word) { return _mm256_set1_epi64x(static_cast<int64_t>(word)); }
+  void add(__m256i a, __m256i b) { ones = _mm256_add_epi8(ones, count_bytes(_mm256_xor_si256(a, b))); }
+  void flush() {
+    sum = _mm256_add_epi64(sum, _mm256_sad_epu8(ones, _mm256_setzero_si256()));
+    ones = _mm256_setzero_si256();
+  }
+  void store(int32_t* out) const {
+    alignas(32) int64_t lanes[4];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), sum);
+    for (int i = 0; i < 4; ++i) out[i] = static_cast<int32_t>(lanes[i]);
+  }
+};
+constexpr int64_t kFlush = kByteAdds;
+#else
+constexpr int64_t kLanes = 1;
+struct Lanes {
+  int64_t sum = 0;
+  static uint64_t load(const uint64_t* from) { return *from; }
+  static uint64_t broadcast(uint64_t word) { return word; }
+  void add(uint64_t a, uint64_t b) { sum += __builtin_popcountll(a ^ b); }
+  void flush() {}
+  void store(int32_t* out) const { *out = static_cast<int32_t>(sum); }
+};
+constexpr int64_t kFlush = int64_t{1} << 62;
+#endif
+
+// Vectors of codes worked on at once: with two queries, as many sums as fit in registers.
+constexpr int64_t kVectors = kLanes == 8 ? 4 : 2;
+
+void interleave(const uint8_t* codes, int64_t stride, int64_t count, int64_t bytes, uint64_t* tiles) {
+  const int64_t words = (bytes + 7) / 8, whole = bytes / 8;
+  const int64_t padded = (count + kLanes * kVectors - 1) / (kLanes * kVectors) * (kLanes * kVectors);
+  for (int64_t n = 0; n < padded; ++n) {
+    uint64_t* lane = tiles + n / kLanes * words * kLanes + n % kLanes;
+    if (n >= count) {
+      for (int64_t w = 0; w < words; ++w) lane[w * kLanes] = 0;
+      continue;
+    }
+    const uint8_t* code = codes + n * stride;
+    for (int64_t w = 0; w < whole; ++w) lane[w * kLanes] = load_word(code + 8 * w);
+    if (whole < words) lane[whole * kLanes] = load_tail(code + 8 * whole, bytes % 8);
+  }
+}
+
+void tile_distances(const uint64_t* first, const uint64_t* second, const uint64_t* tiles, int64_t codes,
+                    int64_t words, int32_t* first_out, int32_t* second_out) {
+  for (int64_t n = 0; n < codes; n += kLanes * kVectors) {
+    Lanes first_sums[kVectors], second_sums[kVectors];
+    const uint64_t* group = tiles + n * words;
+    for (int64_t start = 0; start < words; start += kFlush) {
+      const int64_t end = words - start < kFlush ? words : start + kFlush;
+      for (int64_t w = start; w < end; ++w) {
+        const auto a = Lanes::broadcast(first[w]), b = Lanes::broadcast(second[w]);
+        for (int64_t v = 0; v < kVectors; ++v) {
+          const auto x = Lanes::load(group + (v * words + w) * kLanes);
+          first_sums[v].add(a, x);
+          second_sums[v].add(b, x);
+        }
+      }
+      for (int64_t v = 0; v < kVectors; ++v) {
+        first_sums[v].flush();
+        second_sums[v].flush();
+      }
+    }
+    for (int64_t v = 0; v < kVectors; ++v) {
+      first_sums[v].store(first_out + n + v * kLanes);
+      second_sums[v].store(second_out + n + v * kLanes);
+    }
+  }
+}
+
+// ---- selection ----
+
+int64_t select(const int32_t* distances, int64_t count, int32_t bound, int64_t first, int32_t* out_distances,
+               int64_t* out_indices) {
+  int64_t found = 0, n = 0;
+#if defined(EK_ISA_AVX512)
+  const __m512i limit = _mm512_set1_epi32(bound);
+  for (; n + 16 <= count; n += 16) {
+    const __m512i sixteen = _mm512_loadu_si512(distances + n);
+    unsigned near = _mm512_cmplt_epi32_mask(sixteen, limit);
+    for (; near != 0; near &= near - 1, ++found) {
+      const int64_t place = n + __builtin_ctz(near);
+      out_distances[found] = distances[place];
+      out_indices[found] = first + place;
+    }
+  }
+#elif defined(EK_ISA_AVX2)
+  const __m256i limit = _mm256_set1_epi32(bound);
+  for (; n + 8 <= count; n += 8) {
+    const __m256i eight = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(distances + n));
+    unsigned near = static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(limit, eight))));
+    for (; near != 0; near &= near - 1, ++found) {
+      const int64_t place = n + __builtin_ctz(near);
+      out_distances[found] = distances[place];
+      out_indices[found] = first + place;
+    }
+  }
+#endif
+  for (; n < count; ++n) {
+    if (distances[n] < bound) {
+      out_distances[found] = distances[n];
+      out_indices[found++] = first + n;
+    }
+  }
+  return found;
+}
+
+}  // namespace
+
+extern const HammingLoops EK_LEVEL_NAME(hamming_loops) = {
+    {pack_bits<kFloat32>, pack_bits<kBFloat16>, pack_bits<kFloat16>},
+    distances,
+    kLanes* kVectors,
+    interleave,
+    tile_distances,
+    select,
+};
+
+}  // namespace embedding_kernels

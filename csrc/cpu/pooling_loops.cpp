@@ -1,0 +1,149 @@
+// Compiled once for each level of instruction set. No torch, no STL, no threads (see hamming_loops.cpp).
+#include "pooling.h"
+
+#include "floats.h"
+
+namespace embedding_kernels {
+namespace {
+
+// Vectors of columns whose sums stay in registers while the rows go by.
+constexpr int64_t kStrip = kWidth == 16 ? 16 : 8;
+
+// Runs `strip` (kStrip vectors), then single vectors, then the rest of the columns through the same kernel.
+template <class Kernel>
+inline void for_strips(int64_t columns, const Kernel& kernel) {
+  int64_t c = 0;
+  for (; c + kStrip * kWidth <= columns; c += kStrip * kWidth) kernel.template run<kStrip>(c, 0);
+  for (; c + kWidth <= columns; c += kWidth) kernel.template run<1>(c, 0);
+  if (c < columns) kernel.template run<1>(c, columns - c);
+}
+
+template <Dtype dtype>
+struct SumRows {
+  const void* rows;
+  int64_t stride, count;
+  const float* weights;
+  float* out;
+
+  template <int64_t vectors>
+  inline void run(int64_t column, int64_t part) const {
+    Floats sums[vectors];
+    for (int64_t r = 0; r < count; ++r) {
+      const void* row = at<dtype>(rows, r * stride);
+      const Floats weight = broadcast(weights == nullptr ? 1.0f : weights[r]);
+#pragma GCC unroll 16
+      for (int64_t v = 0; v < vectors; ++v) {
+        const Floats term = weight * load_at<dtype>(row, column + v * kWidth, part);
+        sums[v] = r == 0 ? term : sums[v] + term;
+      }
+    }
+    for (int64_t v = 0; v < vectors; ++v) store_at<kFloat32>(sums[v], out, column + v * kWidth, part);
+  }
+};
+
+template <Dtype dtype>
+void sum_rows(const void* rows, int64_t stride, int64_t count, const float* weights, int64_t columns, float* out) {
+  for_strips(columns, SumRows<dtype>{rows, stride, count, weights, out});
+}
+
+template <Dtype dtype>
+struct MaxRows {
+  const void* rows;
+  int64_t stride, count;
+  float* out;
+
+  template <int64_t vectors>
+  inline void run(int64_t column, int64_t part) const {
+    Floats best[vectors];
+    for (int64_t r = 0; r < count; ++r) {
+      const void* row = at<dtype>(rows, r * stride);
+#pragma GCC unroll 16
+      for (int64_t v = 0; v < vectors; ++v) {
+        const Floats x = load_at<dtype>(row, column + v * kWidth, part);
+        // kept where it is at least x, or NaN
+        best[v] = r == 0 ? x : ((best[v] >= x) | (best[v] != best[v])) ? best[v] : x;
+      }
+    }
+    for (int64_t v = 0; v < vectors; ++v) store_at<kFloat32>(best[v], out, column + v * kWidth, part);
+  }
+};
+
+template <Dtype dtype>
+void max_rows(const void* rows, int64_t stride, int64_t count, int64_t columns, float* out) {
+  for_strips(columns, MaxRows<dtype>{rows, stride, count, out});
+}
+
+template <Dtype dtype>
+struct ArgmaxRows {
+  const void* rows;
+  int64_t stride, count;
+  int32_t* places;
+
+  template <int64_t vectors>
+  inline void run(int64_t column, int64_t part) const {
+    Floats best[vectors];
+    Ints place[vectors];
+    for (int64_t v = 0; v < vectors; ++v) place[v] = Ints{};
+    for (int64_t r = 0; r < count; ++r) {
+      const void* row = at<dtype>(rows, r * stride);
+#pragma GCC unroll 16
+      for (int64_t v = 0; v < vectors; ++v) {
+        const Floats x = load_at<dtype>(row, column + v * kWidth, part);
+        if (r == 0) {
+          best[v] = x;
+          continue;
+        }
+        const Ints keep = (best[v] >= x) | (best[v] != best[v]);
+        best[v] = keep ? best[v] : x;
+        place[v] = keep ? place[v] : Ints{} + static_cast<int32_t>(r);
+      }
+    }
+    for (int64_t v = 0; v < vectors; ++v) {
+      const int64_t columns = part > 0 ? part : kWidth;
+      __builtin_memcpy(places + column + v * kWidth, &place[v], 4 * columns);
+    }
+  }
+};
+
+template <Dtype dtype>
+void argmax_rows(const void* rows, int64_t stride, int64_t count, int64_t columns, int32_t* places) {
+  for_strips(columns, ArgmaxRows<dtype>{rows, stride, count, places});
+}
+
+template <Dtype dtype>
+void store_scaled(const float* in, float scale, int64_t columns, void* out) {
+  const Floats factor = broadcast(scale);
+  int64_t c = 0;
+  for (; c + kWidth <= columns; c += kWidth) store_at<dtype>(load_at<kFloat32>(in, c, 0) * factor, out, c, 0);
+  if (c < columns) store_at<dtype>(load_at<kFloat32>(in, c, columns - c) * factor, out, c, columns - c);
+}
+
+template <Dtype dtype>
+void load(const void* in, int64_t columns, float* out) {
+  int64_t c = 0;
+  for (; c + kWidth <= columns; c += kWidth) store_at<kFloat32>(load_at<dtype>(in, c, 0), out, c, 0);
+  if (c < columns) store_at<kFloat32>(load_at<dtype>(in, c, columns - c), out, c, columns - c);
+}
+
+template <Dtype dtype>
+float dot(const void* row, const float* vector, int64_t columns) {
+  Floats sum = {};
+  int64_t c = 0;
+  for (; c + kWidth <= columns; c += kWidth) sum += load_at<dtype>(row, c, 0) * load_at<kFloat32>(vector, c, 0);
+  if (c < columns) sum += load_at<dtype>(row, c, columns - c) * load_at<kFloat32>(vector, c, columns - c);
+  float total = 0;
+  for (int64_t i = 0; i < kWidth; ++i) total += sum[i];
+  return total;
+}
+
+}  // namespace
+
+#define EK_ALL_DTYPES(loop) \
+  { loop<kFloat32>, loop<kBFloat16>, loop<kFloat16> }
+
+extern const PoolingLoops EK_LEVEL_NAME(pooling_loops) = {
+    EK_ALL_DTYPES(sum_rows),     EK_ALL_DTYPES(max_rows), EK_ALL_DTYPES(argmax_rows),
+    EK_ALL_DTYPES(store_scaled), EK_ALL_DTYPES(load),     EK_ALL_DTYPES(dot),
+};
+
+}  // namespace embedding_kernels

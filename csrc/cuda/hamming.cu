@@ -1,0 +1,70 @@
+// The Hamming family on CUDA.
+#include <algorithm>
+
+#include "../checks.h"
+#include "../kernels.h"
+#include "launch.cuh"
+#include "ptx.cuh"
+#include <torch/csrc/stable/ops.h>
+
+namespace embedding_kernels::cuda {
+namespace {
+
+constexpr int kWarp = 32;
+constexpr int kThreads = 256;
+constexpr int64_t kMaxBlocks = 1 << 16;
+
+// x > 0 by its bits (see csrc/cpu/hamming_loops.cpp): true for every dtype without a conversion.
+__device__ inline bool is_positive(uint32_t bits, uint32_t infinity) { return bits != 0 && bits - 1 < infinity; }
+
+// One warp packs 32 values of a row at a time: a lane a value, a vote, four bytes.
+template <class Bits>
+__global__ void pack_bits_kernel(const Bits* __restrict__ x, int64_t rows, int64_t dim, int64_t stride,
+                                 uint32_t infinity, uint8_t* __restrict__ out) {
+  const int64_t words = (dim + kWarp - 1) / kWarp, bytes = (dim + 7) / 8;
+  const int lane = threadIdx.x % kWarp;
+  const int64_t warps = static_cast<int64_t>(gridDim.x) * (blockDim.x / kWarp);
+  for (int64_t item = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kWarp; item < rows * words;
+       item += warps) {
+    const int64_t row = item / words, word = item % words, column = word * kWarp + lane;
+    const bool positive = column < dim && is_positive(x[row * stride + column], infinity);
+    // reversed, so that the first of the 32 values is the top bit; byte 0 is then the top byte
+    const uint32_t packed = ptx::reverse_bits(ptx::vote_ballot(positive));
+    const int64_t byte = word * 4 + lane;
+    if (lane < 4 && byte < bytes) out[row * bytes + byte] = static_cast<uint8_t>(packed >> (24 - 8 * lane));
+  }
+}
+
+template <class Bits>
+void launch_pack_bits(const Tensor& x, uint32_t infinity, Tensor& out) {
+  const int64_t rows = x.size(0), dim = x.size(1);
+  const int64_t warps = rows * ((dim + kWarp - 1) / kWarp);
+  const int64_t blocks = std::min(kMaxBlocks, (warps + kThreads / kWarp - 1) / (kThreads / kWarp));
+  if (blocks == 0) return;
+  launch("pack_bits", pack_bits_kernel<Bits>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0,
+         current_stream(x), static_cast<const Bits*>(x.const_data_ptr()), rows, dim, x.stride(0), infinity,
+         static_cast<uint8_t*>(out.mutable_data_ptr()));
+}
+
+}  // namespace
+
+Tensor pack_bits(Tensor x) {
+  check_tensor("pack_bits", "x", x,
+               "a float32, bfloat16 or float16 tensor [N, D] (float64 runs with backend=\"reference\")", kFloats, 2);
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  if (x.size(1) > 1 && x.stride(1) != 1) x = torch::stable::contiguous(x);
+  Tensor out = torch::stable::empty({x.size(0), (x.size(1) + 7) / 8}, ScalarType::Byte, std::nullopt, x.device());
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      launch_pack_bits<uint32_t>(x, 0x7f800000u, out);
+      break;
+    case ScalarType::BFloat16:
+      launch_pack_bits<uint16_t>(x, 0x7f80u, out);
+      break;
+    default:
+      launch_pack_bits<uint16_t>(x, 0x7c00u, out);
+  }
+  return out;
+}
+
+}  // namespace embedding_kernels::cuda

@@ -1,0 +1,41 @@
+// Declarations of the kernels that ops.cpp registers.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+namespace embedding_kernels {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+namespace cpu {
+
+Tensor pack_bits(Tensor x);
+Tensor hamming_distance(Tensor queries, Tensor codes);
+std::tuple<Tensor, Tensor> hamming_topk(Tensor queries, Tensor codes, int64_t k, std::optional<Tensor> allowed,
+                                        std::optional<Tensor> code_norms);
+
+Tensor segment_pool(Tensor hidden, Tensor cu_seqlens, std::string mode, int64_t m, std::optional<Tensor> weights,
+                    bool normalize, std::optional<int64_t> truncate_dim, std::optional<ScalarType> out_dtype);
+std::tuple<Tensor, Tensor> segment_pool_backward(Tensor grad, std::optional<Tensor> hidden, Tensor cu_seqlens,
+                                                 int64_t total_tokens, int64_t dim, ScalarType dtype,
+                                                 std::string mode, int64_t m, std::optional<Tensor> weights,
+                                                 bool normalize);
+Tensor segment_pool_pack_bits(Tensor hidden, Tensor cu_seqlens, std::string mode, int64_t m,
+                              std::optional<Tensor> weights, std::optional<int64_t> truncate_dim);
+Tensor pack_padded(Tensor padded, Tensor mask, int64_t total_tokens);
+Tensor unpack_padded(Tensor packed, Tensor mask);
+
+}  // namespace cpu
+
+namespace cuda {
+
+Tensor pack_bits(Tensor x);
+
+}  // namespace cuda
+
+}  // namespace embedding_kernels

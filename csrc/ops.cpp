@@ -1,0 +1,62 @@
+// Table of contents: the schema of every operator, and which kernel serves which dispatch key. Compiled once for each
+// library: into _cpu.so with the schemas, into _cuda.so (EMBEDDING_KERNELS_CUDA) with the CUDA kernels alone.
+//
+// Every argument is positional here, because torch differentiates no keyword-only one; sizes are SymInt, so that
+// torch.compile does not recompile for each shape. <op>_forward is <op> without autograd.
+#include <torch/csrc/stable/library.h>
+
+#include "kernels.h"
+
+#if !defined(EMBEDDING_KERNELS_CUDA)
+
+#define SEGMENT_POOL_SIGNATURE                                                                             \
+  "(Tensor hidden, Tensor cu_seqlens, str mode, SymInt m=1, Tensor? weights=None, bool normalize=False, " \
+  "SymInt? truncate_dim=None, ScalarType? out_dtype=None) -> Tensor"
+#define PACK_PADDED_SIGNATURE "(Tensor padded, Tensor mask, SymInt total_tokens) -> Tensor"
+#define UNPACK_PADDED_SIGNATURE "(Tensor packed, Tensor mask) -> Tensor"
+
+STABLE_TORCH_LIBRARY(embedding_kernels, m) {
+  // hamming
+  m.def("pack_bits(Tensor x) -> Tensor");
+  m.def("hamming_distance(Tensor queries, Tensor codes) -> Tensor");
+  m.def(
+      "hamming_topk(Tensor queries, Tensor codes, SymInt k, Tensor? allowed=None, Tensor? code_norms=None) -> "
+      "(Tensor, Tensor)");
+  // pooling
+  m.def("segment_pool" SEGMENT_POOL_SIGNATURE);
+  m.def("segment_pool_forward" SEGMENT_POOL_SIGNATURE);
+  m.def(
+      "segment_pool_backward(Tensor grad, Tensor? hidden, Tensor cu_seqlens, SymInt total_tokens, SymInt dim, "
+      "ScalarType dtype, str mode, SymInt m, Tensor? weights, bool normalize) -> (Tensor, Tensor)");
+  m.def(
+      "segment_pool_pack_bits(Tensor hidden, Tensor cu_seqlens, str mode, SymInt m=1, Tensor? weights=None, "
+      "SymInt? truncate_dim=None) -> Tensor");
+  m.def("pack_padded" PACK_PADDED_SIGNATURE);
+  m.def("pack_padded_forward" PACK_PADDED_SIGNATURE);
+  m.def("unpack_padded" UNPACK_PADDED_SIGNATURE);
+  m.def("unpack_padded_forward" UNPACK_PADDED_SIGNATURE);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(embedding_kernels, CPU, m) {
+  using namespace embedding_kernels;
+  m.impl("pack_bits", TORCH_BOX(&cpu::pack_bits));
+  m.impl("hamming_distance", TORCH_BOX(&cpu::hamming_distance));
+  m.impl("hamming_topk", TORCH_BOX(&cpu::hamming_topk));
+  m.impl("segment_pool", TORCH_BOX(&cpu::segment_pool));
+  m.impl("segment_pool_forward", TORCH_BOX(&cpu::segment_pool));
+  m.impl("segment_pool_backward", TORCH_BOX(&cpu::segment_pool_backward));
+  m.impl("segment_pool_pack_bits", TORCH_BOX(&cpu::segment_pool_pack_bits));
+  m.impl("pack_padded", TORCH_BOX(&cpu::pack_padded));
+  m.impl("pack_padded_forward", TORCH_BOX(&cpu::pack_padded));
+  m.impl("unpack_padded", TORCH_BOX(&cpu::unpack_padded));
+  m.impl("unpack_padded_forward", TORCH_BOX(&cpu::unpack_padded));
+}
+
+#else
+
+STABLE_TORCH_LIBRARY_IMPL(embedding_kernels, CUDA, m) {
+  using namespace embedding_kernels;
+  m.impl("pack_bits", TORCH_BOX(&cuda::pack_bits));
+}
+
+#endif

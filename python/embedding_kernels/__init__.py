@@ -1,0 +1,62 @@
+"""Fused kernels for text embedders and rerankers, as torch custom operators.
+
+The package imports without torch (``embedding_kernels.numpy`` needs only NumPy). Where torch has been imported
+before it, the operators are registered at once under ``torch.ops.embedding_kernels``; otherwise on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# public name -> module that defines it; imported on first use, so that torch is not a cost of `import`
+_LAZY = {
+    "pack_bits": ".ops.hamming",
+    "hamming_distance": ".ops.hamming",
+    "hamming_topk": ".ops.hamming",
+    "segment_pool": ".ops.pooling",
+    "segment_pool_pack_bits": ".ops.pooling",
+    "pack_padded": ".ops.pooling",
+    "unpack_padded": ".ops.pooling",
+    "cu_seqlens_from_mask": ".ops.pooling",
+    "use_backend": ".ops.backend",
+    "BinaryIndex": ".index",
+    "Embedder": ".models",
+}
+_SUBMODULES = ("cli", "index", "models", "nn", "numpy", "ops", "reference")
+
+__all__ = [*_LAZY, "__version__"]
+
+if TYPE_CHECKING:
+    from .index import BinaryIndex as BinaryIndex
+    from .models import Embedder as Embedder
+    from .ops.backend import use_backend as use_backend
+    from .ops.hamming import hamming_distance as hamming_distance
+    from .ops.hamming import hamming_topk as hamming_topk
+    from .ops.hamming import pack_bits as pack_bits
+    from .ops.pooling import cu_seqlens_from_mask as cu_seqlens_from_mask
+    from .ops.pooling import pack_padded as pack_padded
+    from .ops.pooling import segment_pool as segment_pool
+    from .ops.pooling import segment_pool_pack_bits as segment_pool_pack_bits
+    from .ops.pooling import unpack_padded as unpack_padded
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        value = getattr(importlib.import_module(_LAZY[name], __name__), name)
+        globals()[name] = value
+        return value
+    if name in _SUBMODULES:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY, *_SUBMODULES})
+
+
+if "torch" in sys.modules:
+    from . import ops as ops

@@ -1,0 +1,12 @@
+"""Public operators: docstrings, checks, shape functions, gradients and the choice of backend."""
+
+from .. import _library as _library
+from .backend import use_backend as use_backend
+from .hamming import hamming_distance as hamming_distance
+from .hamming import hamming_topk as hamming_topk
+from .hamming import pack_bits as pack_bits
+from .pooling import cu_seqlens_from_mask as cu_seqlens_from_mask
+from .pooling import pack_padded as pack_padded
+from .pooling import segment_pool as segment_pool
+from .pooling import segment_pool_pack_bits as segment_pool_pack_bits
+from .pooling import unpack_padded as unpack_padded

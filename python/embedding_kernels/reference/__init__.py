@@ -1,0 +1,11 @@
+"""The definition of every operator in plain torch, at any float dtype: what the kernels are checked against."""
+
+from . import hamming as hamming
+from . import pooling as pooling
+from .hamming import hamming_distance as hamming_distance
+from .hamming import hamming_topk as hamming_topk
+from .hamming import pack_bits as pack_bits
+from .pooling import pack_padded as pack_padded
+from .pooling import segment_pool as segment_pool
+from .pooling import segment_pool_pack_bits as segment_pool_pack_bits
+from .pooling import unpack_padded as unpack_padded

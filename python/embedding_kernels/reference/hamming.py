@@ -1,0 +1,51 @@
+"""Definitions of the Hamming family in plain torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+#: what stands in a place of the top-k that no code fills (FAISS's values)
+NO_DISTANCE = 2147483647
+NO_INDEX = -1
+
+_BIT_VALUES = (128, 64, 32, 16, 8, 4, 2, 1)
+
+
+def pack_bits(x: Tensor) -> Tensor:
+    """Bits x > 0 of ``x [N, D]``, eight to a byte, dimension 0 in the top bit of byte 0."""
+    rows, dim = x.shape
+    bits = torch.nn.functional.pad((x > 0).to(torch.uint8), (0, -dim % 8))
+    values = torch.tensor(_BIT_VALUES, dtype=torch.uint8, device=x.device)
+    return (bits.view(rows, (dim + 7) // 8, 8) * values).sum(-1, dtype=torch.uint8)
+
+
+def unpack_bits(codes: Tensor) -> Tensor:
+    """``codes [..., B]`` uint8 to bits uint8 ``[..., 8 * B]``: the inverse of `pack_bits`."""
+    values = torch.tensor(_BIT_VALUES, dtype=torch.uint8, device=codes.device)
+    return ((codes.unsqueeze(-1) & values) != 0).to(torch.uint8).flatten(-2)
+
+
+def hamming_distance(queries: Tensor, codes: Tensor) -> Tensor:
+    """Number of bits in which ``queries [Q, B]`` and ``codes [N, B]`` differ, int32 ``[Q, N]``."""
+    # over bits a, b in {0, 1}: a xor b = a + b - 2 a b; float64 counts bits exactly
+    a, b = unpack_bits(queries).double(), unpack_bits(codes).double()
+    return (a.sum(-1)[:, None] + b.sum(-1)[None, :] - 2 * (a @ b.T)).to(torch.int32)
+
+
+def hamming_topk(
+    queries: Tensor, codes: Tensor, k: int, *, allowed: Tensor | None = None, code_norms: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The ``k`` nearest codes of each query by (distance, index); the places past the last code are filled."""
+    del code_norms  # the number of ones in each code: redundant, a help to kernels that compute with AND
+    distance = hamming_distance(queries, codes)
+    index = torch.arange(codes.shape[0], device=codes.device)
+    if allowed is not None:
+        index = index[unpack_bits(allowed)[: codes.shape[0]] != 0]
+        distance = distance[:, index]
+    # a stable sort by distance leaves equal distances in the order of their indices
+    distance, order = torch.sort(distance, dim=1, stable=True)
+    distance, indices = distance[:, :k], index[order[:, :k]]
+    missing = max(k - distance.shape[1], 0)
+    pad = torch.nn.functional.pad
+    return pad(distance, (0, missing), value=NO_DISTANCE), pad(indices, (0, missing), value=NO_INDEX)
