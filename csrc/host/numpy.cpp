@@ -1,6 +1,7 @@
 // The Hamming family for NumPy, on std::thread, and facts about the build: an extension module that needs no torch.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <atomic>
 #include <exception>

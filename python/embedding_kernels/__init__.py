@@ -26,7 +26,7 @@ _LAZY = {
     "BinaryIndex": ".index",
     "Embedder": ".models",
 }
-_SUBMODULES = ("cli", "index", "models", "nn", "numpy", "ops", "reference")
+_SUBMODULES = ("cli", "doctor", "index", "models", "numpy", "ops", "reference")
 
 __all__ = [*_LAZY, "__version__"]
 
@@ -58,5 +58,5 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *_LAZY, *_SUBMODULES})
 
 
-if "torch" in sys.modules:
+if sys.modules.get("torch") is not None:
     from . import ops as ops

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -38,35 +37,34 @@ class Gradient:
     backward: Callable[..., Any]
 
 
-@dataclass(frozen=True)
 class Operator:
-    """One registered operator: what the public function, the tests and `doctor` need to know of it."""
+    """One registered operator: what the public function, the tests and `doctor` need to know of it.
 
-    name: str
-    family: str
-    check: Callable[..., Any]
-    flops: Callable[..., int]
-    gradient: Gradient | None = None
+    Plain attributes, filled at once: torch.compile traces through them and cannot enter a cached property's lock.
+    """
 
-    @cached_property
-    def overload(self) -> Any:
-        return getattr(getattr(torch.ops, NAMESPACE), self.name).default
+    def __init__(
+        self,
+        name: str,
+        family: str,
+        check: Callable[..., Any],
+        flops: Callable[..., int],
+        gradient: Gradient | None,
+    ) -> None:
+        packets = getattr(torch.ops, NAMESPACE)
+        self.name, self.family, self.check, self.flops, self.gradient = name, family, check, flops, gradient
+        self.registered_names = [name] + ([f"{name}_forward"] if gradient else [])
+        self.overload = getattr(packets, name).default
+        #: the operator without autograd, which costs a third of a call
+        self.forward_overload = getattr(packets, self.registered_names[-1]).default
+        self.argument_names = tuple(argument.name for argument in self.overload._schema.arguments)
 
-    @cached_property
-    def forward_overload(self) -> Any:
-        """The operator without autograd, which costs a third of a call."""
-        return getattr(getattr(torch.ops, NAMESPACE), f"{self.name}_forward").default if self.gradient else self.overload
-
-    @cached_property
-    def argument_names(self) -> tuple[str, ...]:
-        return tuple(argument.name for argument in self.overload._schema.arguments)
-
-    @cached_property
+    @property
     def definition(self) -> Callable[..., Any]:
         """The function of the same name in `reference`."""
         return getattr(reference, self.name)
 
-    @cached_property
+    @property
     def triton(self) -> Callable[..., Any]:
         """The Triton kernel's launcher ``<name>_triton``; imports triton on first use."""
         module = importlib.import_module(f"{__package__.rpartition('.')[0]}.kernels.{self.family}")
@@ -79,9 +77,6 @@ class Operator:
     def run_triton(self, *args: Any) -> Any:
         self.check(*args)
         return self.triton(*args)
-
-    def registered_names(self) -> list[str]:
-        return [self.name] + ([f"{self.name}_forward"] if self.gradient else [])
 
 
 def _at_kernel_dtype(value: Any) -> Any:
@@ -116,7 +111,7 @@ def register(
         check(*args)
         return fake(*args)
 
-    for registered in op.registered_names():
+    for registered in op.registered_names:
         qualified = f"{NAMESPACE}::{registered}"
         torch.library.register_fake(qualified, checked_fake)
         packet = getattr(getattr(torch.ops, NAMESPACE), registered)

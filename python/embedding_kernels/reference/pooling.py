@@ -11,6 +11,10 @@ from .hamming import pack_bits
 NORM_EPS = 1e-12
 
 
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def _sum_over(rows: Tensor, row_weights: Tensor, power: float) -> Tensor:
     total = row_weights.sum()
     if total == 0:
@@ -48,16 +52,16 @@ def segment_pool(
     truncate_dim: int | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Pool ``hidden [T, D]`` over each sequence; computes at the dtype of ``hidden``, casts at the end."""
+    """Pool ``hidden [T, D]`` over each sequence; computes in float32 (float64 for float64), rounds once at the end."""
     hidden_dim = hidden.shape[1] if truncate_dim is None else truncate_dim
-    rows = hidden[:, :hidden_dim]
+    rows = _at_least_float32(hidden)[:, :hidden_dim]
     offsets = cu_seqlens.tolist()
     pooled = [
         _pool_rows(rows[start:end], mode, m, None if weights is None else weights[start:end])
         for start, end in zip(offsets[:-1], offsets[1:], strict=True)
     ]
     empty_shape = (0, m, hidden_dim) if mode == "first_m" else (0, hidden_dim)
-    out = torch.stack(pooled) if pooled else rows[:0].sum() + hidden.new_zeros(empty_shape)
+    out = torch.stack(pooled) if pooled else rows[:0].sum() + rows.new_zeros(empty_shape)
     if normalize:
         out = torch.nn.functional.normalize(out, dim=-1, eps=NORM_EPS)
     return out.to(hidden.dtype if out_dtype is None else out_dtype)
@@ -73,8 +77,7 @@ def segment_pool_pack_bits(
     truncate_dim: int | None = None,
 ) -> Tensor:
     """`pack_bits` of the pooled vectors, which are never rounded to a narrower dtype."""
-    wide = hidden if hidden.dtype == torch.float64 else hidden.float()
-    pooled = segment_pool(wide, cu_seqlens, mode, m=m, weights=weights, truncate_dim=truncate_dim)
+    pooled = segment_pool(_at_least_float32(hidden), cu_seqlens, mode, m=m, weights=weights, truncate_dim=truncate_dim)
     return pack_bits(pooled.flatten(0, -2)).view(*pooled.shape[:-1], -1)
 
 

@@ -1,0 +1,76 @@
+"""What every test runs under: which backends, poisoned memory, the interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    # read when triton is first imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from embedding_kernels.ops._registry import has_cuda_kernel  # noqa: E402
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+
+
+def _why_not(backend: str) -> str | None:
+    """Why a backend cannot be tested here, or None."""
+    if backend == "cuda" and not HAS_GPU:
+        return "no GPU"
+    if backend == "triton":
+        try:
+            import triton  # noqa: F401
+        except ImportError:
+            return "triton is not installed"
+        import numpy
+
+        if not HAS_GPU and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0":
+            return "triton 3.6's interpreter needs numpy < 2.4"
+    return None
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--backend", action="append", choices=BACKENDS, help="run only these backends' rows")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "backend" not in metafunc.fixturenames:
+        return
+    chosen = metafunc.config.getoption("--backend") or BACKENDS
+    rows = []
+    for backend in chosen:
+        reason = _why_not(backend)
+        rows.append(pytest.param(backend, marks=[pytest.mark.skip(reason=reason)] if reason else []))
+    metafunc.parametrize("backend", rows)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """Memory that a kernel allocates and forgets to write holds NaN, or the largest integer."""
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def device(backend: str) -> str:
+    return "cuda" if HAS_GPU and backend in ("triton", "cuda") else "cpu"
+
+
+@pytest.fixture
+def require_kernel(backend: str):
+    """Skips a row whose operator has no kernel in the CUDA library: Triton's row covers it."""
+
+    def check(op: str) -> None:
+        if backend == "cuda" and not has_cuda_kernel(op):
+            pytest.skip(f"{op} has no CUDA C++ kernel")
+
+    return check

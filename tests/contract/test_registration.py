@@ -1,0 +1,128 @@
+"""What torch asks of an operator: opcheck, compile, export, autocast, gradients, FLOPs; over every sample."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from operators import DIFFERENTIABLE, SAMPLES, assert_same, call_public, is_float, outputs
+
+from embedding_kernels.ops._registry import OPERATORS
+
+
+@pytest.fixture(autouse=True)
+def _forget_compilations():
+    torch._dynamo.reset()
+
+
+by_sample = pytest.mark.parametrize("sample", SAMPLES, ids=str)
+by_differentiable = pytest.mark.parametrize("sample", DIFFERENTIABLE, ids=str)
+
+
+@by_sample
+def test_opcheck(sample):
+    op = OPERATORS[sample.op]
+    torch.library.opcheck(op.overload, sample.args(requires_grad=op.gradient is not None))
+    if op.gradient:
+        torch.library.opcheck(op.forward_overload, sample.args())
+
+
+@by_sample
+def test_fake_gives_shape_dtype_and_strides(sample):
+    op = OPERATORS[sample.op]
+    real = outputs(op.overload(*sample.args()))
+    meta = op.overload(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in sample.args()))
+    for a, b in zip(real, outputs(meta), strict=True):
+        assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+
+
+@by_sample
+def test_compiles_whole(sample):
+    compiled = torch.compile(lambda *args: call_public(sample, args), fullgraph=True, backend="aot_eager")
+    assert_same(compiled(*sample.args()), call_public(sample, sample.args()))
+
+
+@by_differentiable
+def test_compiled_gradient(sample):
+    def eager(*args):
+        return call_public(sample, args)
+
+    grads = []
+    for function in (torch.compile(eager, fullgraph=True, backend="aot_eager"), eager):
+        args = sample.args(requires_grad=True)
+        out = function(*args)
+        out.backward(torch.linspace(-1, 1, out.numel()).reshape(out.shape).to(out.dtype))
+        grads.append(tuple(a.grad for a in args if is_float(a)))
+    assert_same(*grads)
+
+
+@by_sample
+def test_no_autograd_where_nothing_requires_grad(sample):
+    """The public function takes the operator without autograd, which costs a third of a call."""
+    op = OPERATORS[sample.op]
+    if sample.op.endswith("_backward"):
+        pytest.skip("not public")
+    seen = []
+
+    class Record(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Record():
+        call_public(sample, sample.args())
+    assert op.forward_overload in seen
+    if op.gradient:
+        seen.clear()
+        with Record():
+            call_public(sample, sample.args(requires_grad=True))
+        assert op.overload in seen
+
+
+@by_differentiable
+def test_second_derivative_is_refused_or_right(sample):
+    op = OPERATORS[sample.op]
+    args = sample.args(requires_grad=True)
+    variables = [a for a in args if is_float(a)]
+    out = op.overload(*args)
+    # a gradient that itself depends on the input, so that a second derivative exists
+    grads = torch.autograd.grad((out.float() ** 2).sum(), variables, create_graph=True)
+    loss = sum((g.float() ** 2).sum() for g in grads)
+    if op.gradient.backward_op.endswith("_backward"):
+        with pytest.raises(RuntimeError, match=f"{sample.op}: second derivatives are not supported"):
+            loss.backward()
+        return
+    # a copy of rows: the gradient of sum(y^2) is 2 y, so loss = 4 sum(y^2) and its gradient is 4 times the first
+    second = torch.autograd.grad(loss, variables)
+    assert_same(tuple(second), tuple(4 * g.detach() for g in grads))
+
+
+@by_sample
+def test_autocast_casts_activations_alone(sample):
+    op = OPERATORS[sample.op]
+    args = sample.args()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under = outputs(op.overload(*args))
+    plain = outputs(op.overload(*args))
+    narrow = "hidden" in op.argument_names and not sample.op.endswith("_backward")
+    if not narrow:
+        assert_same(under, plain)
+        return
+    place = op.argument_names.index("hidden")
+    moved = [a.bfloat16() if i == place else a for i, a in enumerate(args)]
+    assert_same(under, op.overload(*moved))
+
+
+@by_sample
+def test_flops_are_counted(sample):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    op = OPERATORS[sample.op]
+    with FlopCounterMode(display=False) as counter:
+        op.overload(*sample.args())
+    shapes = [tuple(a.shape) if isinstance(a, torch.Tensor) else a for a in sample.args()]
+    assert counter.get_total_flops() == op.flops(*shapes)
+
+
+def test_flops_grow_with_the_work():
+    assert OPERATORS["hamming_distance"].flops((2, 16), (10, 16)) == 2 * 2 * 10 * 128
+    assert OPERATORS["segment_pool"].flops((7, 5), (3,), "mean") == 35

@@ -1,0 +1,77 @@
+"""Every registered operator with sample arguments: what the contract tests run over. A family adds its own list in
+``tests/<family>/samples.py``."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import embedding_kernels
+import embedding_kernels.ops
+from embedding_kernels.ops._registry import OPERATORS
+
+TESTS = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One call of an operator, by the positional arguments of its schema."""
+
+    op: str
+    name: str
+    make: Callable[[], tuple[Any, ...]]
+
+    def args(self, requires_grad: bool = False) -> tuple[Any, ...]:
+        torch.manual_seed(0)
+        args = self.make()
+        if requires_grad:
+            args = tuple(a.requires_grad_() if is_float(a) else a for a in args)
+        return args
+
+    def __str__(self) -> str:
+        return f"{self.op}-{self.name}"
+
+
+def call_public(sample: Sample, args: tuple[Any, ...], **options: Any) -> Any:
+    """The public function of the sample's operator; a backward, which has none, as the operator itself."""
+    op = OPERATORS[sample.op]
+    if not hasattr(embedding_kernels, sample.op):
+        return op.overload(*args)
+    return getattr(embedding_kernels, sample.op)(**dict(zip(op.argument_names, args, strict=False)), **options)
+
+
+def is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _load_samples() -> list[Sample]:
+    samples: list[Sample] = []
+    for path in sorted(TESTS.glob("*/samples.py")):
+        spec = importlib.util.spec_from_file_location(f"samples_{path.parent.name}", path)
+        assert spec and spec.loader
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        samples += [Sample(op, name, make) for op, cases in module.SAMPLES.items() for name, make in cases.items()]
+    return samples
+
+
+SAMPLES = _load_samples()
+DIFFERENTIABLE = [sample for sample in SAMPLES if OPERATORS[sample.op].gradient]
+
+
+def outputs(result: Any) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def assert_same(left: Any, right: Any) -> None:
+    """Equal to the bit, NaN included."""
+    for a, b in zip(outputs(left), outputs(right), strict=True):
+        assert a.dtype == b.dtype
+        assert a.shape == b.shape
+        torch.testing.assert_close(a.cpu(), b.cpu(), rtol=0, atol=0, equal_nan=True)
