@@ -15,7 +15,12 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).parent.resolve()
 PACKAGE = "embedding_kernels"
 MIN_TORCH = (2, 11)
-PASSED_ON = ("EMBEDDING_KERNELS_CUDA", "EMBEDDING_KERNELS_CUDA_ARCHS", "EMBEDDING_KERNELS_SANITIZE")
+# environment variables that CMake is given, with what is meant where they are not set
+PASSED_ON = {
+    "EMBEDDING_KERNELS_CUDA": "AUTO",
+    "EMBEDDING_KERNELS_CUDA_ARCHS": "80;90a",
+    "EMBEDDING_KERNELS_SANITIZE": "OFF",
+}
 BUILD_COMMANDS = {"build", "build_ext", "bdist_wheel", "develop", "editable_wheel", "install"}
 
 
@@ -78,7 +83,7 @@ class CMakeBuild(build_ext):
             "TORCH_VERSION": torch_version,
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "Python_EXECUTABLE": sys.executable,
-            **{name: os.environ[name] for name in PASSED_ON if name in os.environ},
+            **{name: os.environ.get(name) or default for name, default in PASSED_ON.items()},
         }
         cmake = program("cmake")
         configure = [cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(build)]

@@ -101,14 +101,13 @@ inline void check_range(const char* op, const char* argument, int64_t value, int
 }
 
 // Values of cu_seqlens on the CPU: from 0, never falling, to `total`.
-inline void check_offsets(const char* op, const char* argument, const int32_t* offsets, int64_t count,
-                          int64_t total) {
+inline void check_offsets(const char* op, const char* argument, const int32_t* offsets, int64_t count, int64_t total) {
   if (offsets[0] != 0) refuse(op, argument, "0 in its first place", std::to_string(offsets[0]));
   for (int64_t i = 1; i < count; ++i) {
     if (offsets[i] < offsets[i - 1]) {
-      refuse(op, argument, "non-decreasing",
-             std::to_string(offsets[i]) + " after " + std::to_string(offsets[i - 1]) + " in place " +
-                 std::to_string(i));
+      refuse(
+          op, argument, "non-decreasing",
+          std::to_string(offsets[i]) + " after " + std::to_string(offsets[i - 1]) + " in place " + std::to_string(i));
     }
   }
   if (offsets[count - 1] != total) {

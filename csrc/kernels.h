@@ -22,9 +22,8 @@ std::tuple<Tensor, Tensor> hamming_topk(Tensor queries, Tensor codes, int64_t k,
 Tensor segment_pool(Tensor hidden, Tensor cu_seqlens, std::string mode, int64_t m, std::optional<Tensor> weights,
                     bool normalize, std::optional<int64_t> truncate_dim, std::optional<ScalarType> out_dtype);
 std::tuple<Tensor, Tensor> segment_pool_backward(Tensor grad, std::optional<Tensor> hidden, Tensor cu_seqlens,
-                                                 int64_t total_tokens, int64_t dim, ScalarType dtype,
-                                                 std::string mode, int64_t m, std::optional<Tensor> weights,
-                                                 bool normalize);
+                                                 int64_t total_tokens, int64_t dim, ScalarType dtype, std::string mode,
+                                                 int64_t m, std::optional<Tensor> weights, bool normalize);
 Tensor segment_pool_pack_bits(Tensor hidden, Tensor cu_seqlens, std::string mode, int64_t m,
                               std::optional<Tensor> weights, std::optional<int64_t> truncate_dim);
 Tensor pack_padded(Tensor padded, Tensor mask, int64_t total_tokens);

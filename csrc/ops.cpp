@@ -9,7 +9,7 @@
 
 #if !defined(EMBEDDING_KERNELS_CUDA)
 
-#define SEGMENT_POOL_SIGNATURE                                                                             \
+#define SEGMENT_POOL_SIGNATURE                                                                            \
   "(Tensor hidden, Tensor cu_seqlens, str mode, SymInt m=1, Tensor? weights=None, bool normalize=False, " \
   "SymInt? truncate_dim=None, ScalarType? out_dtype=None) -> Tensor"
 #define PACK_PADDED_SIGNATURE "(Tensor padded, Tensor mask, SymInt total_tokens) -> Tensor"

@@ -1,8 +1,8 @@
 """The one tolerance of the project: a kernel's error against the float64 definition.
 
 For each row, the largest error may be twice that of plain torch (inputs and matmuls at the kernel's dtype, the rest in
-float32), plus two roundings of the largest value of the same expression over absolute values: without that floor correct
-float32 kernels fail by luck of cancellation. A non-finite value where the definition is finite fails.
+float32), plus two roundings of the largest value of the same expression over absolute values: without that floor
+correct float32 kernels fail by luck of cancellation. A non-finite value where the definition is finite fails.
 """
 
 from __future__ import annotations

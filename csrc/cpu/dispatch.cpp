@@ -6,16 +6,16 @@
 namespace embedding_kernels {
 
 #if defined(__x86_64__)
-#define EK_DISPATCH(Loops, table)             \
-  const Loops& table() {                      \
-    switch (isa()) {                          \
-      case Isa::avx512:                       \
-        return table##_avx512;                \
-      case Isa::avx2:                         \
-        return table##_avx2;                  \
-      default:                                \
-        return table##_portable;              \
-    }                                         \
+#define EK_DISPATCH(Loops, table) \
+  const Loops& table() {          \
+    switch (isa()) {              \
+      case Isa::avx512:           \
+        return table##_avx512;    \
+      case Isa::avx2:             \
+        return table##_avx2;      \
+      default:                    \
+        return table##_portable;  \
+    }                             \
   }
 #else
 #define EK_DISPATCH(Loops, table) \

@@ -25,8 +25,16 @@ typedef uint16_t Halves __attribute__((vector_size(kWidth * 2)));
 
 inline Floats broadcast(float value) { return Floats{} + value; }
 
-inline Floats float_of_bits(Words bits) { return reinterpret_cast<Floats&>(bits); }
-inline Words bits_of_float(Floats value) { return reinterpret_cast<Words&>(value); }
+inline Floats float_of_bits(Words bits) {
+  Floats value;
+  __builtin_memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+inline Words bits_of_float(Floats value) {
+  Words bits;
+  __builtin_memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
 
 #if !defined(EK_ISA_AVX512) && !defined(EK_ISA_AVX2)
 
@@ -103,9 +111,7 @@ struct Element<kFloat16> {
     _mm256_storeu_si256(static_cast<__m256i*>(to), _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
   }
 #elif defined(EK_ISA_AVX2)
-  static Floats load(const void* from) {
-    return _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(from)));
-  }
+  static Floats load(const void* from) { return _mm256_cvtph_ps(_mm_loadu_si128(static_cast<const __m128i*>(from))); }
   static void store(Floats value, void* to) {
     _mm_storeu_si128(static_cast<__m128i*>(to), _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
   }

@@ -9,8 +9,7 @@
 namespace embedding_kernels::cpu {
 namespace {
 
-const char* const kFloatRows =
-    "a float32, bfloat16 or float16 tensor [N, D] (float64 runs with backend=\"reference\")";
+const char* const kFloatRows = "a float32, bfloat16 or float16 tensor [N, D] (float64 runs with backend=\"reference\")";
 
 void check_codes(const char* op, const Tensor& queries, const Tensor& codes) {
   check_tensor(op, "queries", queries, "a uint8 tensor [Q, B]", {ScalarType::Byte}, 2);

@@ -1,5 +1,5 @@
-// Splitting and merging for the Hamming family. Knows no torch and no threads: `parallel_for(count, task)` is given, and
-// runs task(0) ... task(count - 1), each once, on up to `threads` threads. Results do not depend on the threads.
+// Splitting and merging for the Hamming family. Knows no torch and no threads: `parallel_for(count, task)` is given,
+// and runs task(0) ... task(count - 1), each once, on up to `threads` threads. Results do not depend on the threads.
 #pragma once
 
 #include <algorithm>
@@ -114,15 +114,13 @@ class Nearest {
     capacity_ = std::min(range, 2 * std::min(k, range) + 4 * step) + step;
   }
 
-  void add(const HammingLoops& loops, const int32_t* distances, int64_t count, int64_t first,
-           const uint8_t* allowed) {
+  void add(const HammingLoops& loops, const int32_t* distances, int64_t count, int64_t first, const uint8_t* allowed) {
     if (distances_.empty()) {
       distances_.resize(capacity_);
       indices_.resize(capacity_);
     }
     if (size_ + count > capacity_) compact();
-    int64_t found =
-        loops.select(distances, count, bound_, first, distances_.data() + size_, indices_.data() + size_);
+    int64_t found = loops.select(distances, count, bound_, first, distances_.data() + size_, indices_.data() + size_);
     if (allowed != nullptr) found = drop_forbidden(found, allowed);
     for (int64_t i = size_; i < size_ + found; ++i) ++counts_[distances_[i]];
     size_ += found;
@@ -174,9 +172,9 @@ class Nearest {
   }
 
   int64_t k_;
-  int32_t bound_;         // smallest distance with k entries at or below it; bits + 1 before there are k
-  int64_t within_ = 0;    // entries at or below bound_
-  int64_t size_ = 0;      // entries held, some of them above bound_
+  int32_t bound_;       // smallest distance with k entries at or below it; bits + 1 before there are k
+  int64_t within_ = 0;  // entries at or below bound_
+  int64_t size_ = 0;    // entries held, some of them above bound_
   int64_t capacity_;
   std::vector<int64_t> counts_;  // entries at each distance
   std::vector<int32_t> distances_;
@@ -189,8 +187,8 @@ struct TopK {
   int64_t* indices;    // [queries, k]
 };
 
-// The sorted lists of one query's ranges, found[r] entries at r * kept, into the first k of them all. The ranges ascend,
-// so that equal distances keep the order of their indices.
+// The sorted lists of one query's ranges, found[r] entries at r * kept, into the first k of them all. The ranges
+// ascend, so that equal distances keep the order of their indices.
 inline void merge_ranges(int64_t bits, int64_t ranges, int64_t kept, const int64_t* found, const int32_t* distances,
                          const int64_t* indices, int64_t k, int32_t* out_distances, int64_t* out_indices) {
   std::vector<int64_t> places(bits + 2);
@@ -219,8 +217,8 @@ void hamming_topk(const HammingLoops& loops, const Codes& queries, const Codes& 
   const int64_t query_blocks = std::min(queries.count, std::max(ceil_div(queries.count, kMaxQueriesATask),
                                                                 queries.count >= threads * kTileQueries ? threads : 1));
   // one query is spread over all threads
-  const int64_t ranges = std::clamp<int64_t>(ceil_div(threads, query_blocks), 1,
-                                             std::max<int64_t>(codes.count / kMinRange, 1));
+  const int64_t ranges =
+      std::clamp<int64_t>(ceil_div(threads, query_blocks), 1, std::max<int64_t>(codes.count / kMinRange, 1));
   const int64_t kept = std::min(out.k, std::max<int64_t>(ceil_div(codes.count, ranges), 1));
   std::vector<int32_t> part_distances(queries.count * ranges * kept);
   std::vector<int64_t> part_indices(queries.count * ranges * kept);

@@ -117,8 +117,8 @@ void pack_bits(const void* x, int64_t dim, uint8_t* out) {
 inline __m512i sum_lanes(const __m512i (&x)[8]) {
   __m512i pairs[4];
   for (int i = 0; i < 4; ++i) {
-    pairs[i] = _mm512_add_epi64(_mm512_unpacklo_epi64(x[2 * i], x[2 * i + 1]),
-                                _mm512_unpackhi_epi64(x[2 * i], x[2 * i + 1]));
+    pairs[i] =
+        _mm512_add_epi64(_mm512_unpacklo_epi64(x[2 * i], x[2 * i + 1]), _mm512_unpackhi_epi64(x[2 * i], x[2 * i + 1]));
   }
   __m512i quads[2];
   for (int i = 0; i < 2; ++i) {
@@ -161,17 +161,15 @@ inline __m512i difference_of_eight(const uint8_t* query, __m512i short_query, __
   return sum_lanes(sums);
 }
 
-void distances(const uint8_t* query, const uint8_t* codes, int64_t stride, int64_t count, int64_t bytes,
-               int32_t* out) {
+void distances(const uint8_t* query, const uint8_t* codes, int64_t stride, int64_t count, int64_t bytes, int32_t* out) {
   const bool short_codes = bytes > 0 && bytes <= 64;
   const __mmask64 mask = short_codes ? ~uint64_t{0} >> (64 - bytes) : 0;
   const __m512i short_query = _mm512_maskz_loadu_epi8(mask, query);
   int64_t n = 0;
   for (; n + 8 <= count; n += 8) {
     const uint8_t* eight = codes + n * stride;
-    const __m512i sums = short_codes
-                             ? difference_of_eight<true>(query, short_query, mask, eight, stride, bytes)
-                             : difference_of_eight<false>(query, short_query, mask, eight, stride, bytes);
+    const __m512i sums = short_codes ? difference_of_eight<true>(query, short_query, mask, eight, stride, bytes)
+                                     : difference_of_eight<false>(query, short_query, mask, eight, stride, bytes);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + n), _mm512_cvtepi64_epi32(sums));
   }
   for (; n < count; ++n) {
@@ -219,8 +217,7 @@ inline int32_t code_distance(const uint8_t* query, const uint8_t* code, int64_t 
   return static_cast<int32_t>(sum);
 }
 
-void distances(const uint8_t* query, const uint8_t* codes, int64_t stride, int64_t count, int64_t bytes,
-               int32_t* out) {
+void distances(const uint8_t* query, const uint8_t* codes, int64_t stride, int64_t count, int64_t bytes, int32_t* out) {
   for (int64_t n = 0; n < count; ++n) out[n] = code_distance(query, codes + n * stride, bytes);
 }
 
@@ -236,9 +233,7 @@ struct Lanes {
   static __m512i broadcast(uint64_t word) { return _mm512_set1_epi64(static_cast<int64_t>(word)); }
   void add(__m512i a, __m512i b) { sum = _mm512_add_epi64(sum, _mm512_popcnt_epi64(_mm512_xor_si512(a, b))); }
   void flush() {}
-  void store(int32_t* out) const {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi64_epi32(sum));
-  }
+  void store(int32_t* out) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi64_epi32(sum)); }
 };
 constexpr int64_t kFlush = int64_t{1} << 62;
 #elif defined(EK_ISA_AVX2)
@@ -291,8 +286,8 @@ void interleave(const uint8_t* codes, int64_t stride, int64_t count, int64_t byt
   }
 }
 
-void tile_distances(const uint64_t* first, const uint64_t* second, const uint64_t* tiles, int64_t codes,
-                    int64_t words, int32_t* first_out, int32_t* second_out) {
+void tile_distances(const uint64_t* first, const uint64_t* second, const uint64_t* tiles, int64_t codes, int64_t words,
+                    int32_t* first_out, int32_t* second_out) {
   for (int64_t n = 0; n < codes; n += kLanes * kVectors) {
     Lanes first_sums[kVectors], second_sums[kVectors];
     const uint64_t* group = tiles + n * words;
@@ -360,7 +355,7 @@ int64_t select(const int32_t* distances, int64_t count, int32_t bound, int64_t f
 extern const HammingLoops EK_LEVEL_NAME(hamming_loops) = {
     {pack_bits<kFloat32>, pack_bits<kBFloat16>, pack_bits<kFloat16>},
     distances,
-    kLanes* kVectors,
+    kLanes * kVectors,
     interleave,
     tile_distances,
     select,

@@ -31,7 +31,7 @@ void check_mask(const char* op, const Tensor& mask) {
 }
 
 Mask read_mask(const Tensor& tensor) {
-  Mask mask{torch::stable::contiguous(tensor), nullptr, tensor.size(0), tensor.size(1),
+  Mask mask{torch::stable::contiguous(tensor),           nullptr, tensor.size(0), tensor.size(1),
             static_cast<int64_t>(tensor.element_size()), {0}};
   mask.data = static_cast<const uint8_t*>(mask.tensor.const_data_ptr());
   for (int64_t b = 0; b < mask.batch; ++b) {

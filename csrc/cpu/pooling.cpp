@@ -13,8 +13,7 @@
 namespace embedding_kernels::cpu {
 namespace {
 
-const char* const kFloatRows =
-    "a float32, bfloat16 or float16 tensor [T, D] (float64 runs with backend=\"reference\")";
+const char* const kFloatRows = "a float32, bfloat16 or float16 tensor [T, D] (float64 runs with backend=\"reference\")";
 const char* const kOffsets = "an int32 tensor [sequences + 1]";
 const char* const kMask = "a bool, uint8, int32 or int64 tensor [B, S]";
 
@@ -28,7 +27,7 @@ PoolingMode mode_of(const char* op, const std::string& name) {
     if (kModes[i] == name) return static_cast<PoolingMode>(i);
     names += (i ? ", " : "") + std::string(kModes[i]);
   }
-  refuse(op, "mode", "one of " + names, name);
+  refuse(op, "mode", "one of " + names, "'" + name + "'");
 }
 
 // The tensors that a Pooling points into, made dense where they were not.
@@ -49,8 +48,8 @@ Pooling pooling_of(const char* op, PoolingTensors& tensors, int64_t total, int64
     check_range(op, "m", m, 1, 1);
   }
   if (tensors.weights) {
-    const bool weighted = mode == PoolingMode::mean || mode == PoolingMode::weighted_mean ||
-                          mode == PoolingMode::mean_sqrt_len;
+    const bool weighted =
+        mode == PoolingMode::mean || mode == PoolingMode::weighted_mean || mode == PoolingMode::mean_sqrt_len;
     if (!weighted) refuse(op, "weights", "None in mode " + mode_name, describe(*tensors.weights));
     check_tensor(op, "weights", *tensors.weights, "a float32 tensor [T]", {ScalarType::Float}, 1);
     check_size(op, "weights", *tensors.weights, 0, total, "one for each row of hidden");
@@ -65,8 +64,7 @@ Pooling pooling_of(const char* op, PoolingTensors& tensors, int64_t total, int64
   const auto* offsets = static_cast<const int32_t*>(tensors.offsets.const_data_ptr());
   check_offsets(op, "cu_seqlens", offsets, tensors.offsets.size(0), total);
   const auto* weights = tensors.weights ? static_cast<const float*>(tensors.weights->const_data_ptr()) : nullptr;
-  return {nullptr, 0,       kFloat32, offsets, tensors.offsets.size(0) - 1, truncate_dim.value_or(dim), mode,
-          m,       weights};
+  return {nullptr, 0, kFloat32, offsets, tensors.offsets.size(0) - 1, truncate_dim.value_or(dim), mode, m, weights};
 }
 
 void set_rows(Pooling& pooling, PoolingTensors& tensors) {
@@ -79,8 +77,8 @@ void set_rows(Pooling& pooling, PoolingTensors& tensors) {
 Pooling checked_pooling(const char* op, PoolingTensors& tensors, const std::string& mode, int64_t m,
                         std::optional<int64_t> truncate_dim) {
   check_tensor(op, "hidden", tensors.hidden, kFloatRows, kFloats, 2);
-  Pooling pooling = pooling_of(op, tensors, tensors.hidden.size(0), tensors.hidden.size(1), mode, m, truncate_dim,
-                               tensors.hidden);
+  Pooling pooling =
+      pooling_of(op, tensors, tensors.hidden.size(0), tensors.hidden.size(1), mode, m, truncate_dim, tensors.hidden);
   set_rows(pooling, tensors);
   return pooling;
 }
@@ -126,26 +124,24 @@ Tensor segment_pool_pack_bits(Tensor hidden, Tensor cu_seqlens, std::string mode
   Tensor out = empty_pooled(pooling, bytes, ScalarType::Byte);
   auto* to = static_cast<uint8_t*>(out.mutable_data_ptr());
   const auto pack = hamming_loops().pack_bits[kFloat32];
-  embedding_kernels::segment_pool(pooling_loops(), pooling, torch_threads(), TorchParallelFor(),
-                                  [&](int64_t sequence, const float* vectors) {
-                                    for (int64_t j = 0; j < pooling.m; ++j) {
-                                      pack(vectors + j * pooling.columns, pooling.columns,
-                                           to + (sequence * pooling.m + j) * bytes);
-                                    }
-                                  });
+  embedding_kernels::segment_pool(
+      pooling_loops(), pooling, torch_threads(), TorchParallelFor(), [&](int64_t sequence, const float* vectors) {
+        for (int64_t j = 0; j < pooling.m; ++j) {
+          pack(vectors + j * pooling.columns, pooling.columns, to + (sequence * pooling.m + j) * bytes);
+        }
+      });
   return out;
 }
 
 std::tuple<Tensor, Tensor> segment_pool_backward(Tensor grad, std::optional<Tensor> hidden, Tensor cu_seqlens,
-                                                 int64_t total_tokens, int64_t dim, ScalarType dtype,
-                                                 std::string mode, int64_t m, std::optional<Tensor> weights,
-                                                 bool normalize) {
+                                                 int64_t total_tokens, int64_t dim, ScalarType dtype, std::string mode,
+                                                 int64_t m, std::optional<Tensor> weights, bool normalize) {
   const char* const op = "segment_pool_backward";
   const int64_t rank = mode == "first_m" ? 3 : 2;
-  check_tensor(op, "grad", grad,
-               rank == 3 ? "a float32, bfloat16 or float16 tensor [S, m, D]"
-                         : "a float32, bfloat16 or float16 tensor [S, D]",
-               kFloats, rank);
+  check_tensor(
+      op, "grad", grad,
+      rank == 3 ? "a float32, bfloat16 or float16 tensor [S, m, D]" : "a float32, bfloat16 or float16 tensor [S, D]",
+      kFloats, rank);
   if (!is_float(dtype)) refuse(op, "dtype", "float32, bfloat16 or float16", dtype_name(dtype));
   check_at_least(op, "total_tokens", total_tokens, 0);
   if (hidden) {

@@ -1,4 +1,5 @@
-// Splitting for the pooling family. Knows no torch and no threads: `parallel_for(count, task)` is given, and runs task(0)
+// Splitting for the pooling family. Knows no torch and no threads: `parallel_for(count, task)` is given, and runs
+// task(0)
 // ... task(count - 1), each once. Each value is computed in the order of its rows, so results do not depend on threads.
 #pragma once
 
@@ -92,7 +93,10 @@ class Items {
     int64_t low = 0, high = items;
     while (low < high) {
       const int64_t middle = (low + high) / 2;
-      if (cost_before(middle) < target) low = middle + 1; else high = middle;
+      if (cost_before(middle) < target)
+        low = middle + 1;
+      else
+        high = middle;
     }
     return low;
   }
@@ -152,8 +156,8 @@ inline float norm(const PoolingLoops& loops, const float* vector, int64_t column
   return std::sqrt(loops.dot[kFloat32](vector, vector, columns));
 }
 
-// Calls finish(sequence, vectors) once for each sequence with its `m` pooled float32 vectors, `columns` apart; they live
-// until it returns.
+// Calls finish(sequence, vectors) once for each sequence with its `m` pooled float32 vectors, `columns` apart; they
+// live until it returns.
 template <class ParallelFor, class Finish>
 void segment_pool(const PoolingLoops& loops, const Pooling& pooling, int64_t threads, const ParallelFor& parallel_for,
                   const Finish& finish) {
@@ -177,18 +181,19 @@ void segment_pool(const PoolingLoops& loops, const Pooling& pooling, int64_t thr
     }
   });
   if (shared.empty()) return;
-  parallel_for(pooling.sequences, [&](int64_t sequence) { finish_sequence(sequence, shared.data() + sequence * size); });
+  parallel_for(pooling.sequences,
+               [&](int64_t sequence) { finish_sequence(sequence, shared.data() + sequence * size); });
 }
 
 // ---- gradient ----
 
 struct PoolingGradient {
-  float* sequences;      // [sequences, m, columns]: in, gradient of the output; consumed
+  float* sequences;  // [sequences, m, columns]: in, gradient of the output; consumed
   bool normalize;
-  Dtype dtype;           // of `rows` below
-  uint8_t* rows;         // [total, row_bytes]: out
-  int64_t row_bytes;     // of a whole row; columns past pooling.columns become 0
-  float* weights;        // [total]: out, or null
+  Dtype dtype;        // of `rows` below
+  uint8_t* rows;      // [total, row_bytes]: out
+  int64_t row_bytes;  // of a whole row; columns past pooling.columns become 0
+  float* weights;     // [total]: out, or null
 };
 
 // Turns the gradient of one normalised vector into that of the vector itself.
@@ -234,9 +239,9 @@ inline void sequence_rows_backward(const PoolingLoops& loops, const Pooling& poo
         write_row(loops, pooling, out, r, grad, scale * weight);
       }
       if (out.weights != nullptr) {
-        out.weights[r] =
-            scale == 0.0f ? 0.0f
-                          : loops.dot[pooling.dtype](pooling.row(r), grad, pooling.columns) * scale - weight_shift;
+        out.weights[r] = scale == 0.0f
+                             ? 0.0f
+                             : loops.dot[pooling.dtype](pooling.row(r), grad, pooling.columns) * scale - weight_shift;
       }
     } else if (pooling.mode == PoolingMode::first_m) {
       write_row(loops, pooling, out, r, place < pooling.m ? grad + place * pooling.columns : nullptr, 1.0f);

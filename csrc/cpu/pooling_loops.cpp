@@ -1,13 +1,12 @@
 // Compiled once for each level of instruction set. No torch, no STL, no threads (see hamming_loops.cpp).
-#include "pooling.h"
-
 #include "floats.h"
+#include "pooling.h"
 
 namespace embedding_kernels {
 namespace {
 
 // Vectors of columns whose sums stay in registers while the rows go by.
-constexpr int64_t kStrip = kWidth == 16 ? 16 : 8;
+constexpr int64_t kStrip = kWidth == 16 ? 8 : 4;
 
 // Runs `strip` (kStrip vectors), then single vectors, then the rest of the columns through the same kernel.
 template <class Kernel>
@@ -25,16 +24,22 @@ struct SumRows {
   const float* weights;
   float* out;
 
+  // Compensated (Kahan): the error does not grow with the length of a sequence, and memory is the limit anyway.
   template <int64_t vectors>
   inline void run(int64_t column, int64_t part) const {
-    Floats sums[vectors];
+    Floats sums[vectors], lost[vectors];
+    for (int64_t v = 0; v < vectors; ++v) sums[v] = lost[v] = Floats{};
     for (int64_t r = 0; r < count; ++r) {
       const void* row = at<dtype>(rows, r * stride);
       const Floats weight = broadcast(weights == nullptr ? 1.0f : weights[r]);
-#pragma GCC unroll 16
+#pragma GCC unroll 8
       for (int64_t v = 0; v < vectors; ++v) {
-        const Floats term = weight * load_at<dtype>(row, column + v * kWidth, part);
-        sums[v] = r == 0 ? term : sums[v] + term;
+        const Floats term = weight * load_at<dtype>(row, column + v * kWidth, part) - lost[v];
+        const Floats sum = sums[v] + term;
+        const Floats excess = (sum - sums[v]) - term;
+        // inf - inf: an infinite sum has lost nothing and stays infinite
+        lost[v] = excess == excess ? excess : Floats{};
+        sums[v] = sum;
       }
     }
     for (int64_t v = 0; v < vectors; ++v) store_at<kFloat32>(sums[v], out, column + v * kWidth, part);
@@ -55,13 +60,14 @@ struct MaxRows {
   template <int64_t vectors>
   inline void run(int64_t column, int64_t part) const {
     Floats best[vectors];
-    for (int64_t r = 0; r < count; ++r) {
+    for (int64_t v = 0; v < vectors; ++v) best[v] = load_at<dtype>(rows, column + v * kWidth, part);
+    for (int64_t r = 1; r < count; ++r) {
       const void* row = at<dtype>(rows, r * stride);
-#pragma GCC unroll 16
+#pragma GCC unroll 8
       for (int64_t v = 0; v < vectors; ++v) {
         const Floats x = load_at<dtype>(row, column + v * kWidth, part);
         // kept where it is at least x, or NaN
-        best[v] = r == 0 ? x : ((best[v] >= x) | (best[v] != best[v])) ? best[v] : x;
+        best[v] = ((best[v] >= x) | (best[v] != best[v])) ? best[v] : x;
       }
     }
     for (int64_t v = 0; v < vectors; ++v) store_at<kFloat32>(best[v], out, column + v * kWidth, part);
@@ -83,16 +89,15 @@ struct ArgmaxRows {
   inline void run(int64_t column, int64_t part) const {
     Floats best[vectors];
     Ints place[vectors];
-    for (int64_t v = 0; v < vectors; ++v) place[v] = Ints{};
-    for (int64_t r = 0; r < count; ++r) {
+    for (int64_t v = 0; v < vectors; ++v) {
+      best[v] = load_at<dtype>(rows, column + v * kWidth, part);
+      place[v] = Ints{};
+    }
+    for (int64_t r = 1; r < count; ++r) {
       const void* row = at<dtype>(rows, r * stride);
-#pragma GCC unroll 16
+#pragma GCC unroll 8
       for (int64_t v = 0; v < vectors; ++v) {
         const Floats x = load_at<dtype>(row, column + v * kWidth, part);
-        if (r == 0) {
-          best[v] = x;
-          continue;
-        }
         const Ints keep = (best[v] >= x) | (best[v] != best[v]);
         best[v] = keep ? best[v] : x;
         place[v] = keep ? place[v] : Ints{} + static_cast<int32_t>(r);
@@ -138,8 +143,7 @@ float dot(const void* row, const float* vector, int64_t columns) {
 
 }  // namespace
 
-#define EK_ALL_DTYPES(loop) \
-  { loop<kFloat32>, loop<kBFloat16>, loop<kFloat16> }
+#define EK_ALL_DTYPES(loop) {loop<kFloat32>, loop<kBFloat16>, loop<kFloat16>}
 
 extern const PoolingLoops EK_LEVEL_NAME(pooling_loops) = {
     EK_ALL_DTYPES(sum_rows),     EK_ALL_DTYPES(max_rows), EK_ALL_DTYPES(argmax_rows),

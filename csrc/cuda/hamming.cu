@@ -1,11 +1,12 @@
 // The Hamming family on CUDA.
+#include <torch/csrc/stable/ops.h>
+
 #include <algorithm>
 
 #include "../checks.h"
 #include "../kernels.h"
 #include "launch.cuh"
 #include "ptx.cuh"
-#include <torch/csrc/stable/ops.h>
 
 namespace embedding_kernels::cuda {
 namespace {
@@ -41,8 +42,8 @@ void launch_pack_bits(const Tensor& x, uint32_t infinity, Tensor& out) {
   const int64_t warps = rows * ((dim + kWarp - 1) / kWarp);
   const int64_t blocks = std::min(kMaxBlocks, (warps + kThreads / kWarp - 1) / (kThreads / kWarp));
   if (blocks == 0) return;
-  launch("pack_bits", pack_bits_kernel<Bits>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0,
-         current_stream(x), static_cast<const Bits*>(x.const_data_ptr()), rows, dim, x.stride(0), infinity,
+  launch("pack_bits", pack_bits_kernel<Bits>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, current_stream(x),
+         static_cast<const Bits*>(x.const_data_ptr()), rows, dim, x.stride(0), infinity,
          static_cast<uint8_t*>(out.mutable_data_ptr()));
 }
 

@@ -68,7 +68,8 @@ Bytes pack_bits(const py::array& x, int64_t threads) {
   const py::gil_scoped_release release;
   const int64_t parts = rows * dim < (1 << 16) ? 1 : thread_count(threads);
   ThreadParallelFor{parts}(parts, [&](int64_t part) {
-    for (int64_t n = rows * part / parts; n < rows * (part + 1) / parts; ++n) pack(from + n * stride, dim, to + n * bytes);
+    for (int64_t n = rows * part / parts; n < rows * (part + 1) / parts; ++n)
+      pack(from + n * stride, dim, to + n * bytes);
   });
   return out;
 }
@@ -113,7 +114,8 @@ PYBIND11_MODULE(_host, m) {
   m.def("pack_bits", &pack_bits);
   m.def("hamming_distance", &distance);
   m.def("hamming_topk", &topk);
-  m.def("isa", [] { return std::string(isa_name(isa())); }, "Level in use; ValueError if a forced one is not to be had.");
+  m.def(
+      "isa", [] { return std::string(isa_name(isa())); }, "Level in use; ValueError if a forced one is not to be had.");
   m.def("isa_levels", &isa_levels, "Levels that this processor and build have, lowest first.");
   m.attr("compiler") = EMBEDDING_KERNELS_COMPILER;
   m.attr("built_for_torch") = EMBEDDING_KERNELS_TORCH_VERSION;

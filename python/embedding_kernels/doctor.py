@@ -70,15 +70,11 @@ def _operator_rows() -> list[tuple[str, str]]:
     from .ops._registry import OPERATORS, has_cuda_kernel
 
     del ops  # imported for its registrations
-    has_triton = _version("triton") != "not installed"
-    rows = []
-    for name in OPERATORS:
-        if has_cuda_kernel(name):
-            cuda = "CUDA C++"
-        else:
-            cuda = "Triton" if has_triton else "nothing (Triton is not installed)"
-        rows.append((name, f"CPU tensors: C++ · CUDA tensors: {cuda}"))
-    return rows
+    triton = "Triton" if _version("triton") != "not installed" else "nothing (Triton is not installed)"
+    return [
+        (name, f"CPU tensors: C++ · CUDA tensors: {'CUDA C++' if has_cuda_kernel(name) else triton}")
+        for name in OPERATORS
+    ]
 
 
 def report() -> list[Section]:

@@ -1,5 +1,5 @@
-"""Walks the registered schemas: an operator that lacks a reference, a fake, a sample, a gradient check, a benchmark with a
-peer, a Triton kernel or a README row fails here."""
+"""Walks the registered schemas: an operator that lacks a reference, a fake, a sample, a Triton kernel, a benchmark with
+a peer or a README row fails here."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from operators import SAMPLES
 
 import embedding_kernels
 from embedding_kernels import reference
 from embedding_kernels.ops._registry import NAMESPACE, OPERATORS
+from operators import SAMPLES
 
 ROOT = Path(__file__).parents[2]
 

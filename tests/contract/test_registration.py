@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from operators import DIFFERENTIABLE, SAMPLES, assert_same, call_public, is_float, outputs
 
 from embedding_kernels.ops._registry import OPERATORS
+from operators import DIFFERENTIABLE, SAMPLES, assert_same, call_public, is_float, outputs
 
 
 @pytest.fixture(autouse=True)

@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operators import assert_same
 
 import embedding_kernels as ek
 from embedding_kernels import reference
+from operators import assert_same
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # around a word, a vector, and the widths that models give

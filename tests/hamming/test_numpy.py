@@ -55,7 +55,10 @@ def test_search_equals_the_operator(queries, threads):
     [
         (lambda: ekn.pack_bits(np.zeros((2, 2))), "pack_bits: x must be a float32 or float16 array"),
         (lambda: ekn.pack_bits(np.zeros(2, np.float32)), "pack_bits: x must be a float32 or float16 array"),
-        (lambda: ekn.hamming_topk(np.zeros((1, 2), np.uint8), np.zeros((1, 3), np.uint8), 1), "codes must be of size 2"),
+        (
+            lambda: ekn.hamming_topk(np.zeros((1, 2), np.uint8), np.zeros((1, 3), np.uint8), 1),
+            "codes must be of size 2",
+        ),
         (lambda: ekn.hamming_topk(np.zeros((1, 2), np.int8), np.zeros((1, 2), np.uint8), 1), "queries must be a uint8"),
         (lambda: ekn.hamming_topk(np.zeros((1, 2), np.uint8), np.zeros((1, 2), np.uint8), 0), "k must be at least 1"),
         (

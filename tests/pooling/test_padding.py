@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from operators import assert_same
 
 import embedding_kernels as ek
+from operators import assert_same
 
 MASKS = {
     "right": torch.arange(7)[None] < torch.tensor([3, 7, 0, 1])[:, None],

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from error_rule import assert_within_rule, unit_roundoff
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operators import assert_same
 
 import embedding_kernels as ek
 from embedding_kernels import reference
 from embedding_kernels.ops.pooling import POOLING_MODES
+from error_rule import assert_within_rule, unit_roundoff
+from operators import assert_same
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 WEIGHTED = ("mean", "weighted_mean", "mean_sqrt_len")
@@ -66,7 +66,12 @@ class Case:
         return self.definition(self.hidden.float(), self.weights, out_dtype=self.out_dtype())
 
     def magnitude(self):
-        return self.definition(self.hidden.double().abs(), self.weights, out_dtype=torch.float64)
+        """The same sums over absolute values, divided by the same norm."""
+        terms = self.definition(self.hidden.double().abs(), self.weights, normalize=False, out_dtype=torch.float64)
+        if not self.options.get("normalize"):
+            return terms
+        pooled = self.definition(self.hidden.double(), self.weights, normalize=False, out_dtype=torch.float64)
+        return terms / pooled.norm(dim=-1, keepdim=True).clamp_min(reference.pooling.NORM_EPS)
 
 
 @pytest.mark.parametrize("mode", POOLING_MODES)
@@ -77,6 +82,23 @@ def test_forward(backend, device, require_kernel, dim, lengths, dtype, mode):
     require_kernel("segment_pool")
     case = Case(LENGTHS[lengths], dim, dtype, mode)
     assert_within_rule(case.kernel(backend, device).cpu(), case.exact(), case.plain(), case.magnitude())
+
+
+@pytest.mark.parametrize("mode", WEIGHTED)
+@pytest.mark.parametrize("weighted", (False, True))
+def test_error_does_not_grow_with_the_length(backend, device, require_kernel, mode, weighted):
+    """Long sequences of positive values, where a running sum loses a digit for every hundredfold."""
+    require_kernel("segment_pool")
+    case = Case((5000, 700), 40, torch.float32, mode, weighted)
+    case.hidden = case.hidden.abs() + 1
+    assert_within_rule(case.kernel(backend, device).cpu(), case.exact(), case.plain(), case.magnitude())
+
+
+def test_an_infinite_sum_stays_infinite(backend, device):
+    hidden = torch.ones(40, 20)
+    hidden[5, :10] = float("inf")
+    out = ek.segment_pool(hidden.to(device), offsets((40,)).to(device), backend=backend)
+    assert out[0].tolist() == [float("inf")] * 10 + [1.0] * 10
 
 
 OPTIONS = {

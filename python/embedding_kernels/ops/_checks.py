@@ -23,7 +23,9 @@ def refuse(op: str, argument: str, expected: str, got: str) -> NoReturn:
     raise ValueError(f"{op}: {argument} must be {expected}, got {got}")
 
 
-def check_tensor(op: str, argument: str, value: object, expected: str, dtypes: tuple[torch.dtype, ...], rank: int) -> None:
+def check_tensor(
+    op: str, argument: str, value: object, expected: str, dtypes: tuple[torch.dtype, ...], rank: int
+) -> None:
     """`expected` is the whole phrase of the message; dtypes () means any."""
     if not isinstance(value, Tensor):
         refuse(op, argument, expected, type(value).__name__)
@@ -65,6 +67,8 @@ def check_offsets(op: str, argument: str, offsets: Tensor, total: int) -> None:
     falls = torch.nonzero(offsets[1:] < offsets[:-1])
     if falls.numel():
         place = int(falls[0]) + 1
-        refuse(op, argument, "non-decreasing", f"{int(offsets[place])} after {int(offsets[place - 1])} in place {place}")
+        refuse(
+            op, argument, "non-decreasing", f"{int(offsets[place])} after {int(offsets[place - 1])} in place {place}"
+        )
     if last != total:
         refuse(op, argument, f"{int(total)} in its last place (the number of rows)", str(last))

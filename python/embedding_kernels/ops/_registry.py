@@ -218,7 +218,9 @@ def _require_device(op: Operator, backend: str, tensor: Any) -> None:
     if device != backend:
         raise ValueError(f"{op.name}: backend must be one that runs on {device}, got {backend!r}")
     if backend == "cuda" and not has_cuda_kernel(op.name):
-        raise ValueError(f"{op.name}: backend must be 'triton' here (the CUDA library has no kernel for it), got 'cuda'")
+        raise ValueError(
+            f"{op.name}: backend must be 'triton' here (the CUDA library has no kernel for it), got 'cuda'"
+        )
 
 
 def has_cuda_kernel(name: str) -> bool:

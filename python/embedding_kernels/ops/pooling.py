@@ -170,7 +170,7 @@ def _check_pooling(
     if cu_seqlens.shape[0] == 0:
         refuse(op, "cu_seqlens", _OFFSETS, describe(cu_seqlens))
     if mode not in POOLING_MODES:
-        refuse(op, "mode", f"one of {', '.join(POOLING_MODES)}", str(mode))
+        refuse(op, "mode", f"one of {', '.join(POOLING_MODES)}", f"'{mode}'")
     check_range(op, "m", m, 1, None if mode == "first_m" else 1)
     if weights is not None:
         if mode not in _WEIGHTED_MODES:
@@ -368,7 +368,9 @@ _SEGMENT_POOL = register(
     family="pooling",
     check=_check_segment_pool,
     fake=_fake_segment_pool,
-    flops=lambda hidden, cu_seqlens, mode, m=1, weights=None, *rest: hidden[0] * hidden[1] * (1 if weights is None else 2),
+    flops=lambda hidden, cu_seqlens, mode, m=1, weights=None, *rest: (
+        hidden[0] * hidden[1] * (1 if weights is None else 2)
+    ),
     autocast=("hidden",),
     gradient=Gradient("segment_pool_backward", _setup_segment_pool, _backward_segment_pool),
 )

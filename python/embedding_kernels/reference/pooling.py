@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -58,7 +60,7 @@ def segment_pool(
     offsets = cu_seqlens.tolist()
     pooled = [
         _pool_rows(rows[start:end], mode, m, None if weights is None else weights[start:end])
-        for start, end in zip(offsets[:-1], offsets[1:], strict=True)
+        for start, end in pairwise(offsets)
     ]
     empty_shape = (0, m, hidden_dim) if mode == "first_m" else (0, hidden_dim)
     out = torch.stack(pooled) if pooled else rows[:0].sum() + rows.new_zeros(empty_shape)

@@ -1,0 +1,75 @@
+# Each target sets itself up: a virtual environment, the build, what the target needs.
+#   make demo    the main job on real text        make test   the tests
+#   make bench   the microbenchmarks and plots    make lint   linters and types
+#   make sanitize   the CPU tests under AddressSanitizer and UndefinedBehaviorSanitizer
+#   make gpu     the tests on a GPU machine        make clean  remove what these made
+PYTHON ?= python3
+VENV ?= .venv
+# another torch, e.g. TORCH=torch==2.11.0; a build of torch for this machine's GPU is installed before, by hand
+TORCH ?= torch==2.13.0
+PIP = $(VENV)/bin/pip --disable-pip-version-check
+RUN = $(VENV)/bin/python
+SOURCES = $(shell find csrc CMakeLists.txt setup.py pyproject.toml -type f)
+
+.PHONY: demo test bench lint sanitize gpu clean format
+.DELETE_ON_ERROR:
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -c "import torch" 2>/dev/null || $(PIP) install -q "$(TORCH)" "numpy<2.4"
+	$(PIP) install -q "setuptools>=77,<82" "pybind11>=3" "cmake>=3.26" ninja
+	touch $@
+
+$(VENV)/.built: $(VENV)/.torch $(SOURCES)
+	$(PIP) install -q --no-build-isolation -e .
+	touch $@
+
+# extras are installed without touching torch or the build
+$(VENV)/.extra-%: $(VENV)/.built pyproject.toml
+	$(PIP) install -q --no-build-isolation -e ".[$(subst +,$(comma),$*)]"
+	touch $@
+comma := ,
+
+demo: $(VENV)/.extra-demo
+	$(VENV)/bin/embedding-kernels demo $(ARGS)
+
+test: $(VENV)/.extra-test+demo+bench
+	$(RUN) -m pytest $(ARGS)
+
+bench: $(VENV)/.extra-bench
+	$(RUN) bench/run.py $(ARGS)
+
+lint: $(VENV)/.extra-lint+test+demo
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' | xargs $(VENV)/bin/clang-format --dry-run --Werror
+
+format: $(VENV)/.extra-lint+test+demo
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' | xargs $(VENV)/bin/clang-format -i
+
+# a package of its own beside the sources, so that the ordinary build stays as it is
+SANITIZED = build/sanitized
+# without libstdc++ beside it, the first C++ exception would end the process
+SANITIZER = PYTHONPATH=$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 \
+  LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so.6)"
+sanitize: $(VENV)/.extra-test+demo+bench
+	rm -rf $(SANITIZED)
+	mkdir -p $(SANITIZED)
+	cp -rL python/embedding_kernels $(SANITIZED)/
+	rm -f $(SANITIZED)/embedding_kernels/*.so
+	EMBEDDING_KERNELS_SANITIZE=ON EMBEDDING_KERNELS_CUDA=OFF CMAKE_BUILD_TYPE=RelWithDebInfo \
+	  $(RUN) setup.py -q build_ext --build-lib $(SANITIZED)
+	$(SANITIZER) $(RUN) -c "import embedding_kernels as e; assert '$(SANITIZED)' in e.__file__, e.__file__"
+	$(SANITIZER) $(RUN) -m pytest -q -p no:cacheprovider --backend cpu -m "not slow" tests/hamming tests/pooling \
+	  tests/contract/test_bad_input.py tests/contract/test_layout.py -k "not guard and not past_a_buffer and not two_to_the" $(ARGS)
+
+gpu: $(VENV)/.extra-test+demo+bench
+	$(RUN) -c "import torch, sys; sys.exit(None if torch.cuda.is_available() else 'make gpu: torch sees no GPU')"
+	$(VENV)/bin/embedding-kernels doctor
+	$(RUN) -m pytest $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info python/*.egg-info python/embedding_kernels/*.so

@@ -1,0 +1,123 @@
+"""What the compiler made: which instructions stand where, no weak symbols in loops, only stable symbols of torch."""
+
+from __future__ import annotations
+
+import platform
+import re
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from embedding_kernels import _library
+
+ROOT = Path(__file__).parents[2]
+LOOPS = sorted(path.stem for path in (ROOT / "csrc" / "cpu").glob("*_loops.cpp"))
+LEVELS = ("portable", "avx2", "avx512")
+
+# an instruction that the level's loops must hold, and registers that only it may use
+MARKS = {"hamming_loops": {"avx2": r"vpshufb.*ymm", "avx512": r"vpopcntq.*zmm"}}
+MARKS["pooling_loops"] = {"avx2": r"vcvtph2ps.*ymm", "avx512": r"vcvtph2ps.*zmm"}
+FORBIDDEN = {"portable": r"%[yz]mm", "avx2": r"%zmm", "avx512": r"(?!)"}
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("objdump") is None, reason="binutils are not installed"),
+    pytest.mark.skipif(platform.machine() != "x86_64", reason="one level on this processor"),
+]
+
+
+def newest_build() -> Path:
+    built = [path for path in (ROOT / "build").glob("cmake-*") if "sanitize" not in path.name]
+    if not built:
+        pytest.skip("the package was not built from this tree")
+    return max(built, key=lambda path: path.stat().st_mtime)
+
+
+def loops_object(level: str, name: str) -> Path:
+    return newest_build() / "CMakeFiles" / f"loops_{level}.dir" / "csrc" / "cpu" / f"{name}.cpp.o"
+
+
+@cache
+def disassembly(path: Path) -> str:
+    return subprocess.run(
+        ["objdump", "-d", "--no-show-raw-insn", path], capture_output=True, text=True, check=True
+    ).stdout
+
+
+@cache
+def symbols(path: Path) -> str:
+    return subprocess.run(["nm", "-C", path], capture_output=True, text=True, check=True).stdout
+
+
+def test_every_loops_file_has_its_marks():
+    assert set(MARKS) == set(LOOPS)
+
+
+@pytest.mark.parametrize("name", LOOPS)
+@pytest.mark.parametrize("level", LEVELS)
+def test_loops_hold_no_weak_or_foreign_symbols(name, level):
+    """A weak function compiled with AVX-512 could be the copy that the linker gives to everybody."""
+    listing = symbols(loops_object(level, name))
+    assert not re.findall(r"^.* [WVu] .*$", listing, re.M)
+    undefined = set(re.findall(r"^ +U (\S+)$", listing, re.M))
+    # what the compiler itself calls for copies and, without the instruction, for counting bits
+    assert undefined <= {"memcpy", "memset", "memmove", "__popcountdi2", "_GLOBAL_OFFSET_TABLE_", "__stack_chk_fail"}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+@pytest.mark.parametrize("level", LEVELS)
+def test_instructions_are_where_they_belong(name, level):
+    text = disassembly(loops_object(level, name))
+    assert not re.search(FORBIDDEN[level], text)
+    if level in MARKS[name]:
+        assert re.search(MARKS[name][level], text)
+
+
+def test_other_objects_hold_no_vector_instructions():
+    others = [p for p in newest_build().glob("CMakeFiles/*.dir/**/*.cpp.o") if "loops_" not in str(p)]
+    assert len(others) >= 5
+    for path in others:
+        assert not re.search(r"%[yz]mm", disassembly(path)), path
+
+
+@pytest.mark.parametrize("library", ("_cpu.so", "_cuda.so"))
+def test_only_the_stable_interface_of_torch_is_used(library):
+    path = _library.CPU.path.with_name(library)
+    if not path.exists():
+        pytest.skip(f"{library} was not built")
+    listing = subprocess.run(["nm", "-DC", "--undefined-only", path], capture_output=True, text=True, check=True).stdout
+    names = re.findall(r"^ +U (.+?)(?:@.*)?$", listing, re.M)
+    assert not [name for name in names if re.match(r"(at|c10|torch)::", name)]
+    ours = [name for name in names if name.startswith(("aoti_torch_", "torch_"))]
+    assert len(ours) > 10
+    # added to torch after 2.11, the oldest torch that the binary promises to load under
+    assert not {"torch_exception_get_what", "torch_new_stable_ivalue"} & set(ours)
+
+
+@pytest.mark.parametrize("name", [*LOOPS, "isa", "dispatch"])
+def test_portable_level_compiles_for_aarch64(name, tmp_path):
+    compiler = shutil.which("aarch64-linux-gnu-g++")
+    if compiler is None:
+        pytest.skip("no compiler for aarch64")
+    source = ROOT / "csrc" / "cpu" / f"{name}.cpp"
+    command = [compiler, "-std=c++20", "-O3", "-Wall", "-Wextra", "-Werror", "-c", source, "-o", tmp_path / "out.o"]
+    subprocess.run(command, check=True)
+
+
+def test_cuda_kernels_spill_nothing():
+    library = _library.CPU.path.with_name("_cuda.so")
+    triton = pytest.importorskip("triton")
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not library.exists():
+        pytest.skip("the CUDA library was not built")
+    usage = subprocess.run([cuobjdump, "--dump-resource-usage", library], capture_output=True, text=True, check=True)
+    kernels = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage.stdout)
+    assert len(kernels) == 2 * len(_library.built_cuda_architectures())
+    for name, registers, stack, local in kernels:
+        assert (int(stack), int(local)) == (0, 0), name
+        assert int(registers) <= 32, name
+    sass = subprocess.run([cuobjdump, "--dump-sass", library], capture_output=True, text=True, check=True).stdout
+    assert "VOTE" in sass
+    assert "BREV" in sass

@@ -1,0 +1,76 @@
+"""Runs every sample, and many odd sizes, on buffers that touch forbidden pages; a stray access kills the process.
+
+Started by test_layout.py, once a level of instruction set, since the level is chosen at load.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+
+import torch
+
+from embedding_kernels.ops._registry import OPERATORS
+from operators import SAMPLES, assert_same
+
+PAGE = mmap.PAGESIZE
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_kept: list[mmap.mmap] = []
+
+
+def guarded(tensor: torch.Tensor, at_end: bool) -> torch.Tensor:
+    """A copy between two forbidden pages, against the upper or the lower one."""
+    tensor = tensor.detach().contiguous()
+    size = tensor.numel() * tensor.element_size()
+    if size == 0:
+        return tensor
+    inner = (size + PAGE - 1) // PAGE * PAGE
+    area = mmap.mmap(-1, inner + 2 * PAGE)
+    _kept.append(area)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(area))
+    for forbidden in (address, address + PAGE + inner):
+        if _libc.mprotect(forbidden, PAGE, 0) != 0:
+            raise OSError(ctypes.get_errno(), "mprotect")
+    start = PAGE + (inner - size if at_end else 0)
+    copy = torch.frombuffer(area, dtype=torch.uint8, count=size, offset=start).view(tensor.dtype).view(tensor.shape)
+    copy.copy_(tensor)
+    return copy
+
+
+def odd_sizes():
+    """Calls whose rows end at every place of a vector."""
+    torch.manual_seed(1)
+    for dim in range(1, 140):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            x = torch.randn(3, dim).to(dtype)
+            yield "pack_bits", (x,)
+            offsets = torch.tensor([0, 2, 3], dtype=torch.int32)
+            for mode in ("mean", "max", "last"):
+                yield "segment_pool", (x, offsets, mode, 1, None, True, None, None)
+                yield "segment_pool_backward", (x[:2], x, offsets, 3, dim, dtype, mode, 1, None, True)
+    for width in range(1, 140):
+        codes = torch.randint(0, 256, (21, width), dtype=torch.uint8)
+        for queries in (1, 5):
+            yield "hamming_distance", (codes[:queries], codes)
+            yield "hamming_topk", (codes[:queries], codes, 4, None, None)
+
+
+def main() -> None:
+    calls = 0
+    cases = [(sample.op, sample.args()) for sample in SAMPLES]
+    for name, args in (*cases, *odd_sizes()):
+        overload = OPERATORS[name].forward_overload
+        expected = overload(*args)
+        for at_end in (True, False):
+            print(name, [tuple(a.shape) if isinstance(a, torch.Tensor) else a for a in args], at_end, flush=True)
+            assert_same(overload(*(guarded(a, at_end) if isinstance(a, torch.Tensor) else a for a in args)), expected)
+            calls += 1
+    print("calls:", calls, os.environ.get("EMBEDDING_KERNELS_ISA", ""), flush=True)
+    # the views keep the areas alive in no order that an interpreter's exit respects
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""Dynamic shapes under torch.compile, torch.export and AOTInductor."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import embedding_kernels as ek
+from embedding_kernels import _library
+from operators import assert_same
+
+
+def ragged(step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Hidden rows, offsets, mask and padded rows whose sizes all differ from step to step."""
+    batch, length = 3 + step, 10 + 2 * step
+    lengths = torch.arange(batch) % (length - 1) + 2
+    mask = torch.arange(length)[None] < lengths[:, None]
+    padded = torch.randn(batch, length, 24)
+    cu_seqlens, _, _ = ek.cu_seqlens_from_mask(mask)
+    return padded[mask], cu_seqlens, mask, padded
+
+
+def codes(rows: int, seed: int) -> torch.Tensor:
+    return torch.randint(0, 256, (rows, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+CALLS = {
+    "pack_bits": lambda step: (ek.pack_bits, (ragged(step)[0],)),
+    "hamming_distance": lambda step: (ek.hamming_distance, (codes(2 + step, 0), codes(30 + step, 1))),
+    "hamming_topk": lambda step: (
+        lambda a, b, k: ek.hamming_topk(a, b, k),
+        (codes(2 + step, 0), codes(30 + step, 1), 3 + step),
+    ),
+    "segment_pool": lambda step: (lambda x, c: ek.segment_pool(x, c, normalize=True), ragged(step)[:2]),
+    "segment_pool_pack_bits": lambda step: (lambda x, c: ek.segment_pool_pack_bits(x, c), ragged(step)[:2]),
+    "pack_padded": lambda step: (
+        lambda p, m, t: ek.pack_padded(p, m, t),
+        (ragged(step)[3], ragged(step)[2], ragged(step)[0].shape[0]),
+    ),
+    "unpack_padded": lambda step: (lambda p, m: ek.unpack_padded(p, m), (ragged(step)[0], ragged(step)[2])),
+}
+
+
+def test_every_public_operator_is_here():
+    from embedding_kernels.ops._registry import OPERATORS
+
+    assert set(CALLS) == {name for name in OPERATORS if not name.endswith("_backward")}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_ragged_batches_compile_at_most_twice(name):
+    torch._dynamo.reset()
+    compilations = []
+
+    def counting(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]):
+        compilations.append(graph)
+        return graph.forward
+
+    compiled = None
+    for step in range(5):
+        function, args = CALLS[name](step)
+        if compiled is None:
+            compiled = torch.compile(function, fullgraph=True, backend=counting)
+        assert_same(compiled(*args), function(*args))
+    assert len(compilations) <= 2
+
+
+class Pooler(torch.nn.Module):
+    """Hidden rows to a unit vector and a binary code."""
+
+    def forward(self, hidden: torch.Tensor, cu_seqlens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        pooled = ek.segment_pool(hidden, cu_seqlens, "mean", normalize=True)
+        return pooled, ek.pack_bits(pooled)
+
+
+def exported() -> torch.export.ExportedProgram:
+    hidden, cu_seqlens, _, _ = ragged(0)
+    # torch specialises sizes 0 and 1: at least two sequences, so three offsets
+    tokens, places = torch.export.Dim("tokens", min=2), torch.export.Dim("offsets", min=3)
+    return torch.export.export(Pooler(), (hidden, cu_seqlens), dynamic_shapes=({0: tokens}, {0: places}))
+
+
+def test_export_keeps_the_operators_and_serves_other_sizes():
+    program = exported()
+    targets = [str(node.target) for node in program.graph.nodes]
+    assert "embedding_kernels.segment_pool_forward.default" in targets
+    assert "embedding_kernels.pack_bits.default" in targets
+    for step in (1, 7):
+        hidden, cu_seqlens, _, _ = ragged(step)
+        assert_same(program.module()(hidden, cu_seqlens), Pooler()(hidden, cu_seqlens))
+
+
+@pytest.mark.slow
+def test_inductor_forward_and_backward():
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x, c: ek.segment_pool(x * 2, c, "max").relu(), fullgraph=True, dynamic=True, backend="inductor"
+    )
+    for step in (0, 3):
+        hidden, cu_seqlens, _, _ = ragged(step)
+        grads = []
+        for function in (compiled, lambda x, c: ek.segment_pool(x * 2, c, "max").relu()):
+            x = hidden.clone().requires_grad_()
+            function(x, cu_seqlens).sum().backward()
+            grads.append(x.grad)
+        assert_same(*grads)
+
+
+@pytest.mark.slow
+def test_aot_inductor_runs_where_only_the_library_is_loaded(tmp_path):
+    """The C++ kernels serve a process that knows nothing of this package but the one file."""
+    package = torch._inductor.aoti_compile_and_package(exported(), package_path=str(tmp_path / "pooler.pt2"))
+    hidden, cu_seqlens, _, _ = ragged(5)
+    torch.save((hidden, cu_seqlens, Pooler()(hidden, cu_seqlens)), tmp_path / "expected.pt")
+    script = (
+        "import sys, torch\n"
+        f"torch.ops.load_library({str(_library.CPU.path)!r})\n"
+        f"hidden, cu_seqlens, expected = torch.load({str(tmp_path / 'expected.pt')!r})\n"
+        f"model = torch._inductor.aoti_load_package({package!r})\n"
+        "for got, want in zip(model(hidden, cu_seqlens), expected): assert torch.equal(got, want)\n"
+        "assert 'embedding_kernels' not in sys.modules\n"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
