@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "hamming.h"
@@ -115,12 +116,13 @@ class Nearest {
   }
 
   void add(const HammingLoops& loops, const int32_t* distances, int64_t count, int64_t first, const uint8_t* allowed) {
-    if (distances_.empty()) {
-      distances_.resize(capacity_);
-      indices_.resize(capacity_);
+    if (distances_ == nullptr) {
+      // not filled: most of it is never reached
+      distances_.reset(new int32_t[capacity_]);
+      indices_.reset(new int64_t[capacity_]);
     }
     if (size_ + count > capacity_) compact();
-    int64_t found = loops.select(distances, count, bound_, first, distances_.data() + size_, indices_.data() + size_);
+    int64_t found = loops.select(distances, count, bound_, first, distances_.get() + size_, indices_.get() + size_);
     if (allowed != nullptr) found = drop_forbidden(found, allowed);
     for (int64_t i = size_; i < size_ + found; ++i) ++counts_[distances_[i]];
     size_ += found;
@@ -177,8 +179,8 @@ class Nearest {
   int64_t size_ = 0;    // entries held, some of them above bound_
   int64_t capacity_;
   std::vector<int64_t> counts_;  // entries at each distance
-  std::vector<int32_t> distances_;
-  std::vector<int64_t> indices_;
+  std::unique_ptr<int32_t[]> distances_;
+  std::unique_ptr<int64_t[]> indices_;
 };
 
 struct TopK {
@@ -227,7 +229,10 @@ void hamming_topk(const HammingLoops& loops, const Codes& queries, const Codes& 
     const int64_t block = task / ranges, range = task % ranges;
     const int64_t begin = queries.count * block / query_blocks, end = queries.count * (block + 1) / query_blocks;
     const int64_t first = codes.count * range / ranges, last = codes.count * (range + 1) / ranges;
-    std::vector<Nearest> nearest(end - begin, Nearest(kept, bits, last - first, step_codes(loops, codes.bytes)));
+    std::vector<Nearest> nearest;
+    nearest.reserve(end - begin);
+    for (int64_t q = begin; q < end; ++q)
+      nearest.emplace_back(kept, bits, last - first, step_codes(loops, codes.bytes));
     scan(loops, queries, begin, end, codes, first, last,
          [&](int64_t query, int64_t start, int64_t count, const int32_t* distances) {
            nearest[query - begin].add(loops, distances, count, start, allowed);
