@@ -1,0 +1,124 @@
+"""Texts to batches of about equal work: tokenised together, sorted by tokens, padded only inside a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# transformers marks "no limit" by an integer near 1e30
+_NO_LIMIT = 1_000_000
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of a `TokenizedTexts`, padded on the right to the longest of them."""
+
+    rows: np.ndarray  # int64 [b]: which texts
+    lengths: np.ndarray  # int64 [b]: their real tokens, falling
+    real: np.ndarray  # bool [b, s]: tokens, not padding
+    inputs: dict[str, Tensor]  # int64 [b, s] each: input_ids and, for a few models, token_type_ids
+
+    @property
+    def width(self) -> int:
+        """Tokens of the longest text."""
+        return int(self.lengths[0])
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether any text is shorter than the longest."""
+        return bool(self.lengths[-1] != self.lengths[0])
+
+
+class TokenizedTexts:
+    """Token ids of many texts in flat arrays: a Python list for each would cost ten times the memory."""
+
+    def __init__(self, columns: dict[str, np.ndarray], lengths: np.ndarray, pad_values: dict[str, int]) -> None:
+        self.lengths = lengths
+        self._columns = columns
+        self._pad_values = pad_values
+        self._starts = np.concatenate(([0], np.cumsum(lengths)))
+
+    def batches(self, token_budget: int, max_texts: int | None) -> Iterator[Batch]:
+        """Longest first, each of at most ``token_budget`` padded tokens (or one text) and ``max_texts`` texts.
+
+        Texts of no tokens (an empty string under a tokenizer without special tokens) are in no batch.
+        """
+        order = np.argsort(-self.lengths, kind="stable")
+        total = int(np.count_nonzero(self.lengths))
+        start = 0
+        while start < total:
+            count = max(1, token_budget // int(self.lengths[order[start]]))
+            end = min(total, start + (count if max_texts is None else min(count, max_texts)))
+            yield self._batch(order[start:end])
+            start = end
+
+    def _batch(self, rows: np.ndarray) -> Batch:
+        lengths = self.lengths[rows]
+        place = np.arange(lengths[0])
+        real = place < lengths[:, None]
+        # places past a text's end read token 0 of the flat array and are overwritten
+        source = np.where(real, self._starts[rows][:, None] + place, 0)
+        inputs = {
+            name: torch.from_numpy(np.where(real, flat[source], self._pad_values[name]).astype(np.int64))
+            for name, flat in self._columns.items()
+        }
+        return Batch(rows, lengths, real, inputs)
+
+
+class TextTokenizer:
+    """A transformers tokenizer, asked for what a forward pass needs and nothing else."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_seq_length: int | None) -> None:
+        self.tokenizer: Any = tokenizer
+        self.max_seq_length = max_seq_length if max_seq_length and max_seq_length < _NO_LIMIT else None
+        self._columns = ["input_ids"]
+        # all zero, the default of every model, for one text in all but a few families (XLNet)
+        probe = tokenizer(["a"], return_attention_mask=False)
+        if any(chain.from_iterable(probe.get("token_type_ids") or [])):
+            self._columns.append("token_type_ids")
+        self._prompt_tokens: dict[str, int] = {}
+
+    def __call__(self, texts: list[str]) -> TokenizedTexts:
+        """Tokenise, cut at ``max_seq_length``."""
+        encoded = self.tokenizer(
+            texts,
+            truncation=self.max_seq_length is not None,
+            max_length=self.max_seq_length,
+            return_attention_mask=False,
+            return_token_type_ids="token_type_ids" in self._columns,
+            verbose=False,
+        )
+        ids = encoded["input_ids"]
+        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+        total = int(lengths.sum())
+        columns = {name: np.fromiter(chain.from_iterable(encoded[name]), np.int32, total) for name in self._columns}
+        pad_values = {
+            "input_ids": self.tokenizer.pad_token_id or 0,
+            "token_type_ids": self.tokenizer.pad_token_type_id,
+        }
+        return TokenizedTexts(columns, lengths, pad_values)
+
+    def prompt_tokens(self, prompt: str) -> int:
+        """Tokens at the start of each text that belong to ``prompt`` and its leading special tokens."""
+        if prompt not in self._prompt_tokens:
+            ids = self.tokenizer(prompt, truncation=self.max_seq_length is not None, max_length=self.max_seq_length)[
+                "input_ids"
+            ]
+            trailing = bool(ids) and ids[-1] in self.tokenizer.all_special_ids
+            self._prompt_tokens[prompt] = len(ids) - trailing
+        return self._prompt_tokens[prompt]
+
+
+def windows(total: int, size: int) -> Iterator[tuple[int, int]]:
+    """Consecutive ranges of at most ``size``: bounds the tokens held at once, at a negligible loss to sorting."""
+    for start in range(0, total, size):
+        yield start, min(start + size, total)

@@ -1,0 +1,102 @@
+"""From the token embeddings of a padded batch to vectors or codes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..ops.hamming import pack_bits
+from ..ops.pooling import pack_padded, segment_pool, segment_pool_pack_bits
+from .batching import Batch
+from .directory import POOLING_MODES, DirectorySpec
+from .heads import Dense
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a vector shall be: its dimensions, of length 1 or not, as float32 or as bits."""
+
+    dim: int
+    normalize: bool
+    bits: bool
+
+    @property
+    def width(self) -> int:
+        """Elements of a row."""
+        return (self.dim + 7) // 8 if self.bits else self.dim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """uint8 for bits, else float32."""
+        return torch.uint8 if self.bits else torch.float32
+
+
+class Pooler(nn.Module):
+    """Pooling, the heads after it, truncation, normalisation, bits: in this order."""
+
+    def __init__(self, spec: DirectorySpec) -> None:
+        super().__init__()
+        self.modes = tuple(POOLING_MODES[mode] for mode in spec.pooling)
+        self.heads = nn.Sequential(*spec.heads)
+
+    def dimension(self, hidden_size: int) -> int:
+        """Dimensions of a vector before truncation."""
+        dim = hidden_size * len(self.modes)
+        for head in self.heads:
+            dim = head.out_features if isinstance(head, Dense) else dim
+        return dim
+
+    def forward(self, hidden: Tensor, batch: Batch, skip: int, recipe: Recipe) -> Tensor:
+        """Pool ``hidden [b, s, H]`` without the first ``skip`` tokens of each text: ``[b, recipe.width]``."""
+        tokens, lengths = packed_tokens(hidden, batch, skip)
+        offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
+        cu_seqlens = torch.from_numpy(offsets).to(hidden.device)
+        if len(self.modes) == 1 and not len(self.heads):
+            return self._pool_at_once(tokens, cu_seqlens, lengths, skip, recipe)
+        pooled = [
+            segment_pool(
+                tokens, cu_seqlens, mode, weights=_weights(mode, lengths, skip, hidden.device), out_dtype=torch.float32
+            )
+            for mode in self.modes
+        ]
+        vectors = self.heads(torch.cat(pooled, dim=1))[:, : recipe.dim]
+        if recipe.bits:
+            return pack_bits(vectors)
+        return nn.functional.normalize(vectors, dim=-1) if recipe.normalize else vectors
+
+    def _pool_at_once(
+        self, tokens: Tensor, cu_seqlens: Tensor, lengths: np.ndarray, skip: int, recipe: Recipe
+    ) -> Tensor:
+        mode = self.modes[0]
+        weights = _weights(mode, lengths, skip, tokens.device)
+        if recipe.bits:  # signs do not change when a vector is normalised
+            return segment_pool_pack_bits(tokens, cu_seqlens, mode, weights=weights, truncate_dim=recipe.dim)
+        return segment_pool(
+            tokens,
+            cu_seqlens,
+            mode,
+            weights=weights,
+            normalize=recipe.normalize,
+            truncate_dim=recipe.dim,
+            out_dtype=torch.float32,
+        )
+
+
+def packed_tokens(hidden: Tensor, batch: Batch, skip: int = 0) -> tuple[Tensor, np.ndarray]:
+    """Real tokens of ``hidden [b, s, H]``, less the first ``skip`` of each text: ``[T, H]`` and lengths ``[b]``."""
+    if skip == 0 and not batch.is_padded:
+        return hidden.flatten(0, 1), batch.lengths
+    lengths = np.maximum(batch.lengths - skip, 0)
+    mask = torch.from_numpy(batch.real & (np.arange(batch.width) >= skip)).to(hidden.device)
+    return pack_padded(hidden, mask, int(lengths.sum())), lengths
+
+
+def _weights(mode: str, lengths: np.ndarray, skip: int, device: torch.device) -> Tensor | None:
+    if mode != "weighted_mean" or skip == 0:
+        return None
+    # tokens keep the weight of their place in the whole text when the prompt before them is left out
+    places = np.concatenate([np.arange(skip + 1, skip + 1 + length) for length in lengths])
+    return torch.from_numpy(places.astype(np.float32)).to(device)

@@ -1,0 +1,242 @@
+"""Compiles every Triton kernel to cubins on a machine without a GPU: `python compile_kernels.py`, one JSON line each.
+
+Run in a process of its own, without TRITON_INTERPRET. The launchers are called on CPU tensors with the launch itself
+recorded, so what is compiled is what a GPU would compile for such tensors: signatures, alignments, constants.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+import embedding_kernels
+
+KERNELS = Path(embedding_kernels.__file__).parent / "kernels"
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+ARCHITECTURES = (80, 90)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.bool: "*i1",
+    torch.uint8: "*u8",
+    torch.int16: "*i16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+# ---- calls whose kernels are compiled: typical widths in every dtype, an odd width in one ----
+
+
+def _codes(rows: int, width: int) -> Tensor:
+    return torch.zeros(rows, width, dtype=torch.uint8)
+
+
+def _hamming_calls(kernels: Any) -> Iterator[Any]:
+    for dtype in FLOATS:
+        yield kernels.pack_bits_triton(torch.empty(512, 384, dtype=dtype))
+    yield kernels.pack_bits_triton(torch.empty(5, 77))
+    for width in (48, 13):
+        yield kernels.hamming_distance_triton(_codes(40, width), _codes(20000, width))
+    for width in (48, 13, 128, 1024):
+        yield kernels.hamming_topk_triton(_codes(40, width), _codes(20000, width), 100)
+    yield kernels.hamming_topk_triton(_codes(40, 48), _codes(20000, 48), 100, _codes(1, 2500)[0])
+
+
+def _pooling_calls(kernels: Any) -> Iterator[Any]:
+    offsets, few, tokens = torch.zeros(301, dtype=torch.int32), torch.zeros(2, dtype=torch.int32), 20000
+    weights = torch.empty(tokens)
+    for dtype in FLOATS:
+        rows = torch.empty(tokens, 384, dtype=dtype)
+        yield kernels.segment_pool_triton(rows, offsets, "mean", normalize=True)
+        yield _backward(kernels, rows, offsets, "max", None, False)
+    yield kernels.segment_pool_triton(rows, few, "mean", 1, weights, True)
+    yield _backward(kernels, rows, offsets, "mean", weights, True)
+    yield _backward(kernels, rows, offsets, "mean_sqrt_len", weights, True, reads=False)
+    rows = torch.empty(tokens, 4096, dtype=torch.bfloat16)
+    yield kernels.segment_pool_triton(rows, offsets, "weighted_mean", normalize=True)
+    yield kernels.segment_pool_triton(rows, few, "max", normalize=True)
+    yield kernels.segment_pool_triton(rows, offsets, "first_m")
+    yield kernels.segment_pool_pack_bits_triton(rows, offsets, "mean")
+    yield _backward(kernels, rows, offsets, "weighted_mean", None, True)
+    yield _backward(kernels, rows, offsets, "first_m", None, False)
+    yield _backward(kernels, rows, offsets, "last", None, False)
+    yield kernels.segment_pool_triton(torch.empty(tokens, 77), offsets, "mean", 1, weights, True)
+    mask = torch.zeros(40, 500, dtype=torch.int64)
+    for dtype in (torch.uint8, torch.bfloat16, torch.int64):
+        yield kernels.pack_padded_triton(torch.empty(40, 500, 384, dtype=dtype), mask, tokens)
+        yield kernels.unpack_padded_triton(torch.empty(tokens, 384, dtype=dtype), mask)
+
+
+def _backward(
+    kernels: Any, rows: Tensor, offsets: Tensor, mode: str, weights: Tensor | None, normalize: bool, reads: bool = True
+) -> Any:
+    grad = torch.empty(offsets.shape[0] - 1, rows.shape[1], dtype=rows.dtype)
+    if mode == "first_m":
+        grad = grad.unsqueeze(1)
+    hidden = rows if reads else None
+    normalize = normalize and reads
+    return kernels.segment_pool_backward_triton(
+        grad, hidden, offsets, *rows.shape, rows.dtype, mode, 1, weights, normalize
+    )
+
+
+CALLS: dict[str, Callable[[Any], Iterator[Any]]] = {"hamming": _hamming_calls, "pooling": _pooling_calls}
+
+# ---- recording ----
+
+
+def _specialised(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What triton.jit makes of the arguments: types, constants, multiples of 16."""
+    values = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
+    signature, constants, multiples = {}, {}, []
+    for place, parameter in enumerate(kernel.params):
+        value = values.pop(parameter.name)
+        if isinstance(value, Tensor):
+            signature[parameter.name] = _POINTERS[value.dtype]
+            multiples += [place] if value.data_ptr() % 16 == 0 else []
+        elif parameter.is_constexpr or value is None or (value == 1 and not parameter.do_not_specialize):
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+        else:
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            multiples += [place] if value % 16 == 0 and not parameter.do_not_specialize else []
+    return {"signature": signature, "constants": constants, "multiples": multiples, "options": values}
+
+
+def load_kernels() -> dict[str, dict[str, JITFunction]]:
+    """The jit functions of every file of kernels/, by file and name."""
+    found: dict[str, dict[str, JITFunction]] = {}
+    for path in sorted(KERNELS.glob("*.py")):
+        module = importlib.import_module(f"embedding_kernels.kernels.{path.stem}")
+        if hasattr(module, "require_device"):
+            module.require_device = lambda op, tensor: None
+        own = {
+            n: v for n, v in vars(module).items() if isinstance(v, JITFunction) and v.fn.__module__ == module.__name__
+        }
+        found[path.stem] = own
+    return found
+
+
+def record(kernels: dict[str, dict[str, JITFunction]]) -> list[tuple[str, str, dict[str, Any]]]:
+    """(file, kernel, variant) of every launch that the calls make, each once."""
+    launches: dict[str, tuple[str, str, dict[str, Any]]] = {}
+
+    def recorder(file: str, name: str) -> Callable[..., None]:
+        def run(*args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+            variant = _specialised(kernels[file][name], args, kwargs)
+            launches.setdefault(f"{file} {name} {variant}", (file, name, variant))
+
+        return run
+
+    for file, functions in kernels.items():
+        for name, kernel in functions.items():
+            kernel.run = recorder(file, name)
+    for family, calls in CALLS.items():
+        for _ in calls(importlib.import_module(f"embedding_kernels.kernels.{family}")):
+            pass
+    return list(launches.values())
+
+
+def never_compiled(kernels: dict[str, dict[str, JITFunction]], launched: set[str]) -> list[str]:
+    """Jit functions that no recorded kernel is or calls."""
+    sources = {name: f.src for functions in kernels.values() for name, f in functions.items()}
+    reached, pending = set(), list(launched)
+    while pending:
+        name = pending.pop()
+        if name not in reached:
+            reached.add(name)
+            pending += [other for other in sources if re.search(rf"\b{other}\b", sources[name])]
+    return sorted(set(sources) - reached)
+
+
+# ---- compiling ----
+
+
+def narrow_products(ttir: str) -> list[str]:
+    """Pointer offsets that come from a 32-bit product of two run-time values, which could overflow."""
+    defined = dict(re.findall(r"^\s*(%[\w#:]+) = (.*?)(?: loc\(.*)?$", ttir, re.M))
+
+    def is_constant(name: str) -> bool:
+        line = defined.get(name, "")
+        return line.startswith("arith.constant") or (line.startswith("tt.splat") and is_constant(_operands(line)[0]))
+
+    def is_narrow(name: str, depth: int = 0) -> bool:
+        line = defined.get(name, "")
+        if depth > 30 or not re.match(r"arith\.(muli|addi|subi|extsi)|tt\.(splat|broadcast|expand_dims)", line):
+            return False
+        operands = _operands(line)
+        product = line.startswith("arith.muli") and line.endswith(("i32", "xi32>"))
+        if product and not any(map(is_constant, operands)):
+            return True
+        return any(is_narrow(operand, depth + 1) for operand in operands)
+
+    offsets = [(line, _operands(line)[1]) for line in defined.values() if line.startswith("tt.addptr")]
+    return [line for line, offset in offsets if is_narrow(offset)]
+
+
+def _operands(line: str) -> list[str]:
+    return re.findall(r"%[\w#]+", line)
+
+
+def compile_variant(job: tuple[str, str, dict[str, Any], int]) -> dict[str, Any]:
+    file, name, variant, architecture = job
+    kernel = getattr(importlib.import_module(f"embedding_kernels.kernels.{file}"), name)
+    attrs = {(place,): [["tt.divisibility", 16]] for place in variant["multiples"]}
+    source = ASTSource(kernel, signature=variant["signature"], constexprs=variant["constants"], attrs=attrs)
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=variant["options"])
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        dump = [str(CUOBJDUMP), "-res-usage", "-sass", cubin.name]
+        # cuobjdump looks for nvdisasm on the path
+        text = subprocess.run(
+            dump, capture_output=True, text=True, check=True, env={"PATH": f"{CUOBJDUMP.parent}:/usr/bin:/bin"}
+        ).stdout
+    usage = dict(re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", text))
+    constants = {key: value for key, value in variant["constants"].items() if value is not None}
+    return {
+        "file": file,
+        "kernel": name,
+        "sm": architecture,
+        "variant": " ".join([*variant["signature"].values(), *map(str, constants.items())]),
+        "constants": constants,
+        "registers": int(usage["REG"]),
+        "stack": int(usage["STACK"]),
+        "local": int(usage["LOCAL"]),
+        "shared": compiled.metadata.shared,
+        "opcodes": sorted(set(re.findall(r"\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]+)", text))),
+        "leftover_popcount": "0x55555555" in text,
+        "narrow_products": narrow_products(compiled.asm["ttir"]),
+    }
+
+
+def main() -> None:
+    kernels = load_kernels()
+    launches = record(kernels)
+    launched = {name for _, name, _ in launches}
+    print(json.dumps({"never_compiled": never_compiled(kernels, launched), "files": sorted(kernels)}), flush=True)
+    jobs = [(*launch, architecture) for launch in launches for architecture in ARCHITECTURES]
+    with ProcessPoolExecutor(2, mp_context=get_context("fork")) as pool:
+        for result in pool.map(compile_variant, jobs, chunksize=4):
+            print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
