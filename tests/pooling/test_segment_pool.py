@@ -285,6 +285,19 @@ def test_pack_bits_are_the_signs(backend, device, require_kernel, dtype, mode):
 
 
 @pytest.mark.parametrize("mode", POOLING_MODES)
+def test_no_sequences(backend, device, mode):
+    m = 3 if mode == "first_m" else 1
+    hidden = torch.randn(0, 20, device=device, requires_grad=True)
+    leading = (0, 3) if mode == "first_m" else (0,)
+    packed = ek.segment_pool_pack_bits(hidden.detach(), offsets(()).to(device), mode, m=m, backend=backend)
+    assert packed.shape == (*leading, 3)
+    out = ek.segment_pool(hidden, offsets(()).to(device), mode, m=m, normalize=True, backend=backend)
+    assert out.shape == (*leading, 20)
+    out.sum().backward()
+    assert hidden.grad.shape == (0, 20)
+
+
+@pytest.mark.parametrize("mode", POOLING_MODES)
 def test_pack_bits_equal_two_steps(mode):
     case = Case(LENGTHS["many"], 130, torch.float32, mode)
     m = case.options.get("m", 1)

@@ -28,8 +28,9 @@ from triton.runtime.jit import JITFunction
 import embedding_kernels
 
 KERNELS = Path(embedding_kernels.__file__).parent / "kernels"
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"
 ARCHITECTURES = (80, 90)
+DISASSEMBLED = 90
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _POINTERS = {
     torch.float32: "*fp32",
@@ -195,21 +196,22 @@ def _operands(line: str) -> list[str]:
     return re.findall(r"%[\w#]+", line)
 
 
+def _inspect(tool: str, options: list[str], cubin: bytes) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([BINARIES / tool, *options, file.name], capture_output=True, text=True, check=True).stdout
+
+
 def compile_variant(job: tuple[str, str, dict[str, Any], int]) -> dict[str, Any]:
     file, name, variant, architecture = job
     kernel = getattr(importlib.import_module(f"embedding_kernels.kernels.{file}"), name)
     attrs = {(place,): [["tt.divisibility", 16]] for place in variant["multiples"]}
     source = ASTSource(kernel, signature=variant["signature"], constexprs=variant["constants"], attrs=attrs)
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=variant["options"])
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        dump = [str(CUOBJDUMP), "-res-usage", "-sass", cubin.name]
-        # cuobjdump looks for nvdisasm on the path
-        text = subprocess.run(
-            dump, capture_output=True, text=True, check=True, env={"PATH": f"{CUOBJDUMP.parent}:/usr/bin:/bin"}
-        ).stdout
-    usage = dict(re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", text))
+    usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", _inspect("cuobjdump", ["-res-usage"], compiled.asm["cubin"])))
+    # disassembly takes half the time of a compilation, so one architecture's is read, without analysis of data flow
+    sass = _inspect("nvdisasm", ["-c", "-ndf"], compiled.asm["cubin"]) if architecture == DISASSEMBLED else ""
     constants = {key: value for key, value in variant["constants"].items() if value is not None}
     return {
         "file": file,
@@ -221,8 +223,8 @@ def compile_variant(job: tuple[str, str, dict[str, Any], int]) -> dict[str, Any]
         "stack": int(usage["STACK"]),
         "local": int(usage["LOCAL"]),
         "shared": compiled.metadata.shared,
-        "opcodes": sorted(set(re.findall(r"\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]+)", text))),
-        "leftover_popcount": "0x55555555" in text,
+        "opcodes": sorted(set(re.findall(r"\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]+)", sass))),
+        "leftover_popcount": "0x55555555" in sass,
         "narrow_products": narrow_products(compiled.asm["ttir"]),
     }
 

@@ -80,7 +80,8 @@ def segment_pool_pack_bits(
 ) -> Tensor:
     """`pack_bits` of the pooled vectors, which are never rounded to a narrower dtype."""
     pooled = segment_pool(_at_least_float32(hidden), cu_seqlens, mode, m=m, weights=weights, truncate_dim=truncate_dim)
-    return pack_bits(pooled.flatten(0, -2)).view(*pooled.shape[:-1], -1)
+    packed = pack_bits(pooled.flatten(0, -2))
+    return packed.view(*pooled.shape[:-1], packed.shape[1])
 
 
 def pack_padded(padded: Tensor, mask: Tensor, total_tokens: int) -> Tensor:

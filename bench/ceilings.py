@@ -1,0 +1,71 @@
+"""What the machine can do at that moment: multiply-adds, memory, matrix products.
+
+They run as contenders in the same repetitions as the kernels, and are reported beside them.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .harness import Contender, Room, Work
+
+_FMA_SIZE = 256
+_MEMORY_BYTES = 256 << 20
+_GEMM_ROWS, _GEMM_COLUMNS = 256, 16384
+
+_made: dict[tuple[str, torch.device], Contender] = {}
+
+
+def fma(room: Room) -> Contender:
+    """Calibration: a float32 product small enough for the caches, whose speed is that of multiply-add units."""
+
+    def make() -> Contender:
+        a, b = (torch.randn(_FMA_SIZE, _FMA_SIZE, device=room.device) for _ in range(2))
+        out = torch.empty_like(a)
+        work = Work(0, 2 * _FMA_SIZE**3, "float32 operations")
+        return Contender("FMA", lambda turn: torch.mm(a, b, out=out), role="ceiling", work=work)
+
+    return _once("fma", room, make)
+
+
+def read(room: Room) -> Contender:
+    """Reading: a threaded dot product of two halves of memory far larger than a cache that is ours alone."""
+
+    def make() -> Contender:
+        left, right = torch.ones(_MEMORY_BYTES // 4, device=room.device).chunk(2)
+        work = Work(_MEMORY_BYTES, 0, "")
+        return Contender("read bandwidth", lambda turn: torch.dot(left, right), role="ceiling", work=work)
+
+    return _once("read", room, make)
+
+
+def copy(room: Room) -> Contender:
+    """Reading and writing: a threaded memory copy; bytes count both ways."""
+
+    def make() -> Contender:
+        source = torch.ones(_MEMORY_BYTES // 8, device=room.device)
+        target = torch.empty_like(source)
+        work = Work(_MEMORY_BYTES, 0, "")
+        return Contender("copy bandwidth", lambda turn: target.copy_(source), role="ceiling", work=work)
+
+    return _once("copy", room, make)
+
+
+def gemm(room: Room, bits: int) -> Contender:
+    """The matrix product that Hamming distances are, over ±1 in bfloat16: one operation for each bit compared."""
+
+    def make() -> Contender:
+        queries = torch.ones(_GEMM_ROWS, bits, dtype=torch.bfloat16, device=room.device)
+        codes = torch.ones(_GEMM_COLUMNS, bits, dtype=torch.bfloat16, device=room.device).T
+        out = torch.empty(_GEMM_ROWS, _GEMM_COLUMNS, dtype=torch.bfloat16, device=room.device)
+        work = Work(0, _GEMM_ROWS * _GEMM_COLUMNS * bits, "bits compared")
+        return Contender("bfloat16 GEMM", lambda turn: torch.mm(queries, codes, out=out), role="ceiling", work=work)
+
+    return _once(f"gemm{bits}", room, make)
+
+
+def _once(name: str, room: Room, make: object) -> Contender:
+    key = (name, room.device)
+    if key not in _made:
+        _made[key] = make()  # type: ignore[operator]
+    return _made[key]
