@@ -17,30 +17,57 @@ inline void for_strips(int64_t columns, const Kernel& kernel) {
   if (c < columns) kernel.template run<1>(c, columns - c);
 }
 
-template <Dtype dtype>
+// Rows lie far apart for the processor's own prefetcher, which follows lines, not strips.
+constexpr int64_t kPrefetchRows = 8;
+
+template <Dtype dtype, int64_t vectors>
+inline void prefetch(const void* row, int64_t column) {
+  constexpr int64_t bytes = vectors * kWidth * dtype_bytes(dtype);
+#pragma GCC unroll 16
+  for (int64_t line = 0; line < bytes; line += 64) {
+    __builtin_prefetch(static_cast<const char*>(at<dtype>(row, column)) + line);
+  }
+}
+
+template <Dtype dtype, bool weighted>
 struct SumRows {
   const void* rows;
   int64_t stride, count;
   const float* weights;
   float* out;
 
-  // Compensated (Kahan): the error does not grow with the length of a sequence, and memory is the limit anyway.
+  inline Floats term(int64_t r, int64_t column, int64_t part) const {
+    const Floats x = load_at<dtype>(at<dtype>(rows, r * stride), column, part);
+    return weighted ? broadcast(weights[r]) * x : x;
+  }
+
+  // Compensated (Kahan), four rows at a time: the error does not grow with the length of a sequence.
   template <int64_t vectors>
   inline void run(int64_t column, int64_t part) const {
     Floats sums[vectors], lost[vectors];
     for (int64_t v = 0; v < vectors; ++v) sums[v] = lost[v] = Floats{};
-    for (int64_t r = 0; r < count; ++r) {
-      const void* row = at<dtype>(rows, r * stride);
-      const Floats weight = broadcast(weights == nullptr ? 1.0f : weights[r]);
+    const auto add = [&](int64_t v, Floats value) {
+      const Floats mended = value - lost[v];
+      const Floats sum = sums[v] + mended;
+      const Floats excess = (sum - sums[v]) - mended;
+      // inf - inf: an infinite sum has lost nothing and stays infinite
+      lost[v] = excess == excess ? excess : Floats{};
+      sums[v] = sum;
+    };
+    int64_t r = 0;
+    for (; r + 4 <= count; r += 4) {
+      for (int64_t i = 0; i < 4; ++i) {
+        prefetch<dtype, vectors>(at<dtype>(rows, (r + i + kPrefetchRows) * stride), column);
+      }
 #pragma GCC unroll 8
       for (int64_t v = 0; v < vectors; ++v) {
-        const Floats term = weight * load_at<dtype>(row, column + v * kWidth, part) - lost[v];
-        const Floats sum = sums[v] + term;
-        const Floats excess = (sum - sums[v]) - term;
-        // inf - inf: an infinite sum has lost nothing and stays infinite
-        lost[v] = excess == excess ? excess : Floats{};
-        sums[v] = sum;
+        const int64_t c = column + v * kWidth;
+        add(v, (term(r, c, part) + term(r + 1, c, part)) + (term(r + 2, c, part) + term(r + 3, c, part)));
       }
+    }
+    for (; r < count; ++r) {
+#pragma GCC unroll 8
+      for (int64_t v = 0; v < vectors; ++v) add(v, term(r, column + v * kWidth, part));
     }
     for (int64_t v = 0; v < vectors; ++v) store_at<kFloat32>(sums[v], out, column + v * kWidth, part);
   }
@@ -48,7 +75,11 @@ struct SumRows {
 
 template <Dtype dtype>
 void sum_rows(const void* rows, int64_t stride, int64_t count, const float* weights, int64_t columns, float* out) {
-  for_strips(columns, SumRows<dtype>{rows, stride, count, weights, out});
+  if (weights == nullptr) {
+    for_strips(columns, SumRows<dtype, false>{rows, stride, count, weights, out});
+  } else {
+    for_strips(columns, SumRows<dtype, true>{rows, stride, count, weights, out});
+  }
 }
 
 template <Dtype dtype>
@@ -63,6 +94,7 @@ struct MaxRows {
     for (int64_t v = 0; v < vectors; ++v) best[v] = load_at<dtype>(rows, column + v * kWidth, part);
     for (int64_t r = 1; r < count; ++r) {
       const void* row = at<dtype>(rows, r * stride);
+      prefetch<dtype, vectors>(at<dtype>(rows, (r + kPrefetchRows) * stride), column);
 #pragma GCC unroll 8
       for (int64_t v = 0; v < vectors; ++v) {
         const Floats x = load_at<dtype>(row, column + v * kWidth, part);
@@ -95,6 +127,7 @@ struct ArgmaxRows {
     }
     for (int64_t r = 1; r < count; ++r) {
       const void* row = at<dtype>(rows, r * stride);
+      prefetch<dtype, vectors>(at<dtype>(rows, (r + kPrefetchRows) * stride), column);
 #pragma GCC unroll 8
       for (int64_t v = 0; v < vectors; ++v) {
         const Floats x = load_at<dtype>(row, column + v * kWidth, part);
