@@ -25,16 +25,9 @@ typedef uint16_t Halves __attribute__((vector_size(kWidth * 2)));
 
 inline Floats broadcast(float value) { return Floats{} + value; }
 
-inline Floats float_of_bits(Words bits) {
-  Floats value;
-  __builtin_memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-inline Words bits_of_float(Floats value) {
-  Words bits;
-  __builtin_memcpy(&bits, &value, sizeof(bits));
-  return bits;
-}
+// a cast between vectors of one size keeps the bits
+inline Floats float_of_bits(Words bits) { return reinterpret_cast<Floats>(bits); }
+inline Words bits_of_float(Floats value) { return reinterpret_cast<Words>(value); }
 
 #if !defined(EK_ISA_AVX512) && !defined(EK_ISA_AVX2)
 
@@ -155,19 +148,52 @@ inline void* at(void* row, int64_t column) {
   return static_cast<typename Element<dtype>::Stored*>(row) + column;
 }
 
-// A vector at `column`: whole where part is 0, else its first `part` values.
-template <Dtype dtype>
+// A vector at `column`: whole, or (`partial`) its first `part` values. Which one is known when compiled: a branch at
+// every load would keep sums out of registers.
+template <Dtype dtype, bool partial>
 inline Floats load_at(const void* row, int64_t column, int64_t part) {
-  return part > 0 ? load_part<dtype>(at<dtype>(row, column), part) : Element<dtype>::load(at<dtype>(row, column));
+  if constexpr (partial) {
+    return load_part<dtype>(at<dtype>(row, column), part);
+  } else {
+    return Element<dtype>::load(at<dtype>(row, column));
+  }
 }
-template <Dtype dtype>
+template <Dtype dtype, bool partial>
 inline void store_at(Floats value, void* row, int64_t column, int64_t part) {
-  if (part > 0) {
+  if constexpr (partial) {
     store_part<dtype>(value, at<dtype>(row, column), part);
   } else {
     Element<dtype>::store(value, at<dtype>(row, column));
   }
 }
+
+// ---- choice by comparison; the compiler's own `?:` on vectors goes through memory at some levels ----
+
+#if defined(EK_ISA_AVX512)
+
+typedef __mmask16 Mask;
+// Lanes where `best` stays the greatest once x has come: it is at least x, or NaN.
+inline Mask stays_greatest(Floats best, Floats x) {
+  return _mm512_cmp_ps_mask(best, x, _CMP_GE_OQ) | _mm512_cmp_ps_mask(best, best, _CMP_UNORD_Q);
+}
+inline Floats choose(Mask mask, Floats a, Floats b) { return _mm512_mask_blend_ps(mask, b, a); }
+inline Ints choose(Mask mask, Ints a, Ints b) {
+  return reinterpret_cast<Ints>(
+      _mm512_mask_blend_epi32(mask, reinterpret_cast<__m512i>(b), reinterpret_cast<__m512i>(a)));
+}
+inline Floats zero_if_nan(Floats x) { return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, x, _CMP_ORD_Q), x); }
+
+#else
+
+typedef Ints Mask;
+inline Mask stays_greatest(Floats best, Floats x) { return (best >= x) | (best != best); }
+inline Ints choose(Mask mask, Ints a, Ints b) { return (mask & a) | (~mask & b); }
+inline Floats choose(Mask mask, Floats a, Floats b) {
+  return reinterpret_cast<Floats>(choose(mask, reinterpret_cast<Ints>(a), reinterpret_cast<Ints>(b)));
+}
+inline Floats zero_if_nan(Floats x) { return reinterpret_cast<Floats>((x == x) & reinterpret_cast<Ints>(x)); }
+
+#endif
 
 }  // namespace
 }  // namespace embedding_kernels

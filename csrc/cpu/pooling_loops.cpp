@@ -12,9 +12,9 @@ constexpr int64_t kStrip = kWidth == 16 ? 8 : 4;
 template <class Kernel>
 inline void for_strips(int64_t columns, const Kernel& kernel) {
   int64_t c = 0;
-  for (; c + kStrip * kWidth <= columns; c += kStrip * kWidth) kernel.template run<kStrip>(c, 0);
-  for (; c + kWidth <= columns; c += kWidth) kernel.template run<1>(c, 0);
-  if (c < columns) kernel.template run<1>(c, columns - c);
+  for (; c + kStrip * kWidth <= columns; c += kStrip * kWidth) kernel.template run<kStrip, false>(c, 0);
+  for (; c + kWidth <= columns; c += kWidth) kernel.template run<1, false>(c, 0);
+  if (c < columns) kernel.template run<1, true>(c, columns - c);
 }
 
 // Rows lie far apart for the processor's own prefetcher, which follows lines, not strips.
@@ -36,13 +36,14 @@ struct SumRows {
   const float* weights;
   float* out;
 
+  template <bool partial>
   inline Floats term(int64_t r, int64_t column, int64_t part) const {
-    const Floats x = load_at<dtype>(at<dtype>(rows, r * stride), column, part);
+    const Floats x = load_at<dtype, partial>(at<dtype>(rows, r * stride), column, part);
     return weighted ? broadcast(weights[r]) * x : x;
   }
 
   // Compensated (Kahan), four rows at a time: the error does not grow with the length of a sequence.
-  template <int64_t vectors>
+  template <int64_t vectors, bool partial>
   inline void run(int64_t column, int64_t part) const {
     Floats sums[vectors], lost[vectors];
     for (int64_t v = 0; v < vectors; ++v) sums[v] = lost[v] = Floats{};
@@ -51,7 +52,7 @@ struct SumRows {
       const Floats sum = sums[v] + mended;
       const Floats excess = (sum - sums[v]) - mended;
       // inf - inf: an infinite sum has lost nothing and stays infinite
-      lost[v] = excess == excess ? excess : Floats{};
+      lost[v] = zero_if_nan(excess);
       sums[v] = sum;
     };
     int64_t r = 0;
@@ -62,14 +63,15 @@ struct SumRows {
 #pragma GCC unroll 8
       for (int64_t v = 0; v < vectors; ++v) {
         const int64_t c = column + v * kWidth;
-        add(v, (term(r, c, part) + term(r + 1, c, part)) + (term(r + 2, c, part) + term(r + 3, c, part)));
+        add(v, (term<partial>(r, c, part) + term<partial>(r + 1, c, part)) +
+                   (term<partial>(r + 2, c, part) + term<partial>(r + 3, c, part)));
       }
     }
     for (; r < count; ++r) {
 #pragma GCC unroll 8
-      for (int64_t v = 0; v < vectors; ++v) add(v, term(r, column + v * kWidth, part));
+      for (int64_t v = 0; v < vectors; ++v) add(v, term<partial>(r, column + v * kWidth, part));
     }
-    for (int64_t v = 0; v < vectors; ++v) store_at<kFloat32>(sums[v], out, column + v * kWidth, part);
+    for (int64_t v = 0; v < vectors; ++v) store_at<kFloat32, partial>(sums[v], out, column + v * kWidth, part);
   }
 };
 
@@ -88,21 +90,20 @@ struct MaxRows {
   int64_t stride, count;
   float* out;
 
-  template <int64_t vectors>
+  template <int64_t vectors, bool partial>
   inline void run(int64_t column, int64_t part) const {
     Floats best[vectors];
-    for (int64_t v = 0; v < vectors; ++v) best[v] = load_at<dtype>(rows, column + v * kWidth, part);
+    for (int64_t v = 0; v < vectors; ++v) best[v] = load_at<dtype, partial>(rows, column + v * kWidth, part);
     for (int64_t r = 1; r < count; ++r) {
       const void* row = at<dtype>(rows, r * stride);
       prefetch<dtype, vectors>(at<dtype>(rows, (r + kPrefetchRows) * stride), column);
 #pragma GCC unroll 8
       for (int64_t v = 0; v < vectors; ++v) {
-        const Floats x = load_at<dtype>(row, column + v * kWidth, part);
-        // kept where it is at least x, or NaN
-        best[v] = ((best[v] >= x) | (best[v] != best[v])) ? best[v] : x;
+        const Floats x = load_at<dtype, partial>(row, column + v * kWidth, part);
+        best[v] = choose(stays_greatest(best[v], x), best[v], x);
       }
     }
-    for (int64_t v = 0; v < vectors; ++v) store_at<kFloat32>(best[v], out, column + v * kWidth, part);
+    for (int64_t v = 0; v < vectors; ++v) store_at<kFloat32, partial>(best[v], out, column + v * kWidth, part);
   }
 };
 
@@ -117,12 +118,12 @@ struct ArgmaxRows {
   int64_t stride, count;
   int32_t* places;
 
-  template <int64_t vectors>
+  template <int64_t vectors, bool partial>
   inline void run(int64_t column, int64_t part) const {
     Floats best[vectors];
     Ints place[vectors];
     for (int64_t v = 0; v < vectors; ++v) {
-      best[v] = load_at<dtype>(rows, column + v * kWidth, part);
+      best[v] = load_at<dtype, partial>(rows, column + v * kWidth, part);
       place[v] = Ints{};
     }
     for (int64_t r = 1; r < count; ++r) {
@@ -130,14 +131,14 @@ struct ArgmaxRows {
       prefetch<dtype, vectors>(at<dtype>(rows, (r + kPrefetchRows) * stride), column);
 #pragma GCC unroll 8
       for (int64_t v = 0; v < vectors; ++v) {
-        const Floats x = load_at<dtype>(row, column + v * kWidth, part);
-        const Ints keep = (best[v] >= x) | (best[v] != best[v]);
-        best[v] = keep ? best[v] : x;
-        place[v] = keep ? place[v] : Ints{} + static_cast<int32_t>(r);
+        const Floats x = load_at<dtype, partial>(row, column + v * kWidth, part);
+        const Mask keep = stays_greatest(best[v], x);
+        best[v] = choose(keep, best[v], x);
+        place[v] = choose(keep, place[v], Ints{} + static_cast<int32_t>(r));
       }
     }
     for (int64_t v = 0; v < vectors; ++v) {
-      const int64_t columns = part > 0 ? part : kWidth;
+      const int64_t columns = partial ? part : kWidth;
       __builtin_memcpy(places + column + v * kWidth, &place[v], 4 * columns);
     }
   }
@@ -152,23 +153,25 @@ template <Dtype dtype>
 void store_scaled(const float* in, float scale, int64_t columns, void* out) {
   const Floats factor = broadcast(scale);
   int64_t c = 0;
-  for (; c + kWidth <= columns; c += kWidth) store_at<dtype>(load_at<kFloat32>(in, c, 0) * factor, out, c, 0);
-  if (c < columns) store_at<dtype>(load_at<kFloat32>(in, c, columns - c) * factor, out, c, columns - c);
+  for (; c + kWidth <= columns; c += kWidth)
+    store_at<dtype, false>(load_at<kFloat32, false>(in, c, 0) * factor, out, c, 0);
+  if (c < columns) store_at<dtype, true>(load_at<kFloat32, true>(in, c, columns - c) * factor, out, c, columns - c);
 }
 
 template <Dtype dtype>
 void load(const void* in, int64_t columns, float* out) {
   int64_t c = 0;
-  for (; c + kWidth <= columns; c += kWidth) store_at<kFloat32>(load_at<dtype>(in, c, 0), out, c, 0);
-  if (c < columns) store_at<kFloat32>(load_at<dtype>(in, c, columns - c), out, c, columns - c);
+  for (; c + kWidth <= columns; c += kWidth) store_at<kFloat32, false>(load_at<dtype, false>(in, c, 0), out, c, 0);
+  if (c < columns) store_at<kFloat32, true>(load_at<dtype, true>(in, c, columns - c), out, c, columns - c);
 }
 
 template <Dtype dtype>
 float dot(const void* row, const float* vector, int64_t columns) {
   Floats sum = {};
   int64_t c = 0;
-  for (; c + kWidth <= columns; c += kWidth) sum += load_at<dtype>(row, c, 0) * load_at<kFloat32>(vector, c, 0);
-  if (c < columns) sum += load_at<dtype>(row, c, columns - c) * load_at<kFloat32>(vector, c, columns - c);
+  for (; c + kWidth <= columns; c += kWidth)
+    sum += load_at<dtype, false>(row, c, 0) * load_at<kFloat32, false>(vector, c, 0);
+  if (c < columns) sum += load_at<dtype, true>(row, c, columns - c) * load_at<kFloat32, true>(vector, c, columns - c);
   float total = 0;
   for (int64_t i = 0; i < kWidth; ++i) total += sum[i];
   return total;
