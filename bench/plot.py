@@ -57,7 +57,7 @@ def _ratio_rows(axes: Axes, cases: list[dict[str, Any]], levels: bool) -> None:
         axes.plot([], [], marker, color=colour, label=f"{name} over the level below" if levels else name)
     axes.axvline(1, color="black", lw=0.8)
     axes.set_xscale("log")
-    ticks = [0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]
+    ticks = [0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000]
     low, high = axes.get_xlim()
     axes.set_xticks([t for t in ticks if low <= t <= high], [f"{t:g}×" for t in ticks if low <= t <= high])
     axes.minorticks_off()
