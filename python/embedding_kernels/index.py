@@ -17,12 +17,9 @@ from torch import Tensor
 
 from ._progress import progress_bar
 from .ops.hamming import hamming_topk, pack_bits
+from .reference.hamming import NO_INDEX
 
 logger = logging.getLogger(__name__)
-
-#: what fills the places past the last code (FAISS's values)
-NO_DISTANCE = 2147483647
-NO_INDEX = -1
 
 _FORMAT = "embedding_kernels.BinaryIndex"
 _VERSION = "1"
