@@ -14,6 +14,24 @@ using torch::stable::Tensor;
 
 namespace cpu {
 
+// The options of varlen_attention, in the order of its schema.
+#define EK_ATTENTION_OPTIONS                                                                                          \
+  std::optional<double> scale, bool causal, int64_t window_left, int64_t window_right, double softcap,                \
+      std::optional<Tensor> bias_table, std::optional<Tensor> rope_cos, std::optional<Tensor> rope_sin,               \
+      std::optional<Tensor> positions_q, std::optional<Tensor> positions_k, std::optional<Tensor> seqused_k
+
+std::tuple<Tensor, Tensor> varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k,
+                                            int64_t max_seqlen_q, int64_t max_seqlen_k, EK_ATTENTION_OPTIONS);
+std::tuple<Tensor, Tensor, Tensor, Tensor> varlen_attention_backward(Tensor grad_out, std::optional<Tensor> grad_lse,
+                                                                     Tensor out, Tensor lse, Tensor q, Tensor k,
+                                                                     Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k,
+                                                                     int64_t max_seqlen_q, int64_t max_seqlen_k,
+                                                                     EK_ATTENTION_OPTIONS);
+std::tuple<Tensor, Tensor> merge_attention(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b);
+std::tuple<Tensor, Tensor, Tensor, Tensor> merge_attention_backward(Tensor grad_out, std::optional<Tensor> grad_lse,
+                                                                    Tensor out_a, Tensor lse_a, Tensor out_b,
+                                                                    Tensor lse_b);
+
 Tensor pack_bits(Tensor x);
 Tensor hamming_distance(Tensor queries, Tensor codes);
 std::tuple<Tensor, Tensor> hamming_topk(Tensor queries, Tensor codes, int64_t k, std::optional<Tensor> allowed,

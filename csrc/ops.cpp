@@ -15,7 +15,28 @@
 #define PACK_PADDED_SIGNATURE "(Tensor padded, Tensor mask, SymInt total_tokens) -> Tensor"
 #define UNPACK_PADDED_SIGNATURE "(Tensor packed, Tensor mask) -> Tensor"
 
+#define VARLEN_ATTENTION_OPTIONS                                                                             \
+  "float? scale=None, bool causal=False, SymInt window_left=-1, SymInt window_right=-1, float softcap=0.0, " \
+  "Tensor? bias_table=None, Tensor? rope_cos=None, Tensor? rope_sin=None, Tensor? positions_q=None, "        \
+  "Tensor? positions_k=None, Tensor? seqused_k=None"
+#define VARLEN_ATTENTION_SIGNATURE                                                                              \
+  "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt "      \
+  "max_seqlen_k, " VARLEN_ATTENTION_OPTIONS ") -> (Tensor, Tensor)"
+#define MERGE_ATTENTION_SIGNATURE "(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor, Tensor)"
+
 STABLE_TORCH_LIBRARY(embedding_kernels, m) {
+  // attention
+  m.def("varlen_attention" VARLEN_ATTENTION_SIGNATURE);
+  m.def("varlen_attention_forward" VARLEN_ATTENTION_SIGNATURE);
+  m.def(
+      "varlen_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor q, Tensor k, "
+      "Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt "
+      "max_seqlen_k, " VARLEN_ATTENTION_OPTIONS ") -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("merge_attention" MERGE_ATTENTION_SIGNATURE);
+  m.def("merge_attention_forward" MERGE_ATTENTION_SIGNATURE);
+  m.def(
+      "merge_attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out_a, Tensor lse_a, Tensor out_b, Tensor "
+      "lse_b) -> (Tensor, Tensor, Tensor, Tensor)");
   // hamming
   m.def("pack_bits(Tensor x) -> Tensor");
   m.def("hamming_distance(Tensor queries, Tensor codes) -> Tensor");
@@ -39,6 +60,12 @@ STABLE_TORCH_LIBRARY(embedding_kernels, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(embedding_kernels, CPU, m) {
   using namespace embedding_kernels;
+  m.impl("varlen_attention", TORCH_BOX(&cpu::varlen_attention));
+  m.impl("varlen_attention_forward", TORCH_BOX(&cpu::varlen_attention));
+  m.impl("varlen_attention_backward", TORCH_BOX(&cpu::varlen_attention_backward));
+  m.impl("merge_attention", TORCH_BOX(&cpu::merge_attention));
+  m.impl("merge_attention_forward", TORCH_BOX(&cpu::merge_attention));
+  m.impl("merge_attention_backward", TORCH_BOX(&cpu::merge_attention_backward));
   m.impl("pack_bits", TORCH_BOX(&cpu::pack_bits));
   m.impl("hamming_distance", TORCH_BOX(&cpu::hamming_distance));
   m.impl("hamming_topk", TORCH_BOX(&cpu::hamming_topk));

@@ -1,4 +1,5 @@
 // One line a family: the table of inner loops for the level that isa() chose.
+#include "attention.h"
 #include "hamming.h"
 #include "isa.h"
 #include "pooling.h"
@@ -6,9 +7,24 @@
 namespace embedding_kernels {
 
 #if defined(__x86_64__)
+// Families whose loops use the tile unit.
+#define EK_DISPATCH_AMX(Loops, table) \
+  const Loops& table() {              \
+    switch (isa()) {                  \
+      case Isa::amx:                  \
+        return table##_amx;           \
+      case Isa::avx512:               \
+        return table##_avx512;        \
+      case Isa::avx2:                 \
+        return table##_avx2;          \
+      default:                        \
+        return table##_portable;      \
+    }                                 \
+  }
 #define EK_DISPATCH(Loops, table) \
   const Loops& table() {          \
     switch (isa()) {              \
+      case Isa::amx:              \
       case Isa::avx512:           \
         return table##_avx512;    \
       case Isa::avx2:             \
@@ -20,8 +36,11 @@ namespace embedding_kernels {
 #else
 #define EK_DISPATCH(Loops, table) \
   const Loops& table() { return (void)isa(), table##_portable; }
+#define EK_DISPATCH_AMX EK_DISPATCH
 #endif
 
+EK_DISPATCH_AMX(AttentionLoops, attention_loops)
+EK_DISPATCH_AMX(AttentionBackwardLoops, attention_backward_loops)
 EK_DISPATCH(HammingLoops, hamming_loops)
 EK_DISPATCH(PoolingLoops, pooling_loops)
 

@@ -25,6 +25,17 @@ typedef uint16_t Halves __attribute__((vector_size(kWidth * 2)));
 
 inline Floats broadcast(float value) { return Floats{} + value; }
 
+// a * b + c, rounded once where the level can: contraction by the compiler is off
+inline Floats multiply_add(Floats a, Floats b, Floats c) {
+#if defined(EK_ISA_AVX512)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(EK_ISA_AVX2)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
 // a cast between vectors of one size keeps the bits
 inline Floats float_of_bits(Words bits) { return reinterpret_cast<Floats>(bits); }
 inline Words bits_of_float(Floats value) { return reinterpret_cast<Words>(value); }

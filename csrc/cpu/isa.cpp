@@ -1,5 +1,10 @@
 #include "isa.h"
 
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -7,7 +12,19 @@
 namespace embedding_kernels {
 namespace {
 
-constexpr Isa kLevels[] = {Isa::avx512, Isa::avx2, Isa::portable};
+constexpr Isa kLevels[] = {Isa::amx, Isa::avx512, Isa::avx2, Isa::portable};
+
+// Linux lets a process use the tile unit's state only once it has asked.
+bool tiles_available() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  static const bool permitted = __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+                                syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return permitted;
+#else
+  return false;
+#endif
+}
 
 Isa choose() {
   const char* forced = std::getenv("EMBEDDING_KERNELS_ISA");
@@ -22,13 +39,15 @@ Isa choose() {
     throw std::invalid_argument("EMBEDDING_KERNELS_ISA must be a level of this processor and build, got " +
                                 std::string(forced));
   }
-  throw std::invalid_argument("EMBEDDING_KERNELS_ISA must be portable, avx2 or avx512, got " + std::string(forced));
+  throw std::invalid_argument("EMBEDDING_KERNELS_ISA must be portable, avx2, avx512 or amx, got " + std::string(forced));
 }
 
 }  // namespace
 
 const char* isa_name(Isa level) {
   switch (level) {
+    case Isa::amx:
+      return "amx";
     case Isa::avx512:
       return "avx512";
     case Isa::avx2:
@@ -41,6 +60,8 @@ const char* isa_name(Isa level) {
 bool isa_available(Isa level) {
 #if defined(__x86_64__)
   switch (level) {
+    case Isa::amx:
+      return isa_available(Isa::avx512) && tiles_available();
     case Isa::avx512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&

@@ -3,7 +3,7 @@
 
 namespace embedding_kernels {
 
-enum class Isa { portable, avx2, avx512 };
+enum class Isa { portable, avx2, avx512, amx };
 
 // The best level that both the build and the processor have, or the one EMBEDDING_KERNELS_ISA names.
 // Throws std::invalid_argument where that one is unknown or not to be had.

@@ -14,6 +14,8 @@ __version__ = "0.1.0"
 
 # public name -> module that defines it; imported on first use, so that torch is not a cost of `import`
 _LAZY = {
+    "varlen_attention": ".ops.attention",
+    "merge_attention": ".ops.attention",
     "pack_bits": ".ops.hamming",
     "hamming_distance": ".ops.hamming",
     "hamming_topk": ".ops.hamming",
@@ -26,13 +28,15 @@ _LAZY = {
     "BinaryIndex": ".index",
     "Embedder": ".models",
 }
-_SUBMODULES = ("cli", "doctor", "index", "models", "numpy", "ops", "reference")
+_SUBMODULES = ("cli", "doctor", "index", "integrations", "models", "nn", "numpy", "ops", "reference")
 
 __all__ = [*_LAZY, "__version__"]
 
 if TYPE_CHECKING:
     from .index import BinaryIndex as BinaryIndex
     from .models import Embedder as Embedder
+    from .ops.attention import merge_attention as merge_attention
+    from .ops.attention import varlen_attention as varlen_attention
     from .ops.backend import use_backend as use_backend
     from .ops.hamming import hamming_distance as hamming_distance
     from .ops.hamming import hamming_topk as hamming_topk

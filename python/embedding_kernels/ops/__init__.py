@@ -1,6 +1,8 @@
 """Public operators: docstrings, checks, shape functions, gradients and the choice of backend."""
 
 from .. import _library as _library
+from .attention import merge_attention as merge_attention
+from .attention import varlen_attention as varlen_attention
 from .backend import use_backend as use_backend
 from .hamming import hamming_distance as hamming_distance
 from .hamming import hamming_topk as hamming_topk

@@ -49,10 +49,13 @@ class Operator:
         family: str,
         check: Callable[..., Any],
         flops: Callable[..., int],
+        autocast: Sequence[str],
         gradient: Gradient | None,
     ) -> None:
         packets = getattr(torch.ops, NAMESPACE)
         self.name, self.family, self.check, self.flops, self.gradient = name, family, check, flops, gradient
+        #: names of the arguments that autocast casts
+        self.autocast = tuple(autocast)
         self.registered_names = [name] + ([f"{name}_forward"] if gradient else [])
         self.overload = getattr(packets, name).default
         #: the operator without autograd, which costs a third of a call
@@ -105,7 +108,7 @@ def register(
     check(*args) raises ValueError for bad input; fake(*args) returns empty outputs; flops(*shapes) counts;
     autocast names the arguments that autocast casts.
     """
-    op = OPERATORS[name] = Operator(name, family, check, flops, gradient)
+    op = OPERATORS[name] = Operator(name, family, check, flops, autocast, gradient)
 
     def checked_fake(*args: Any) -> Any:
         check(*args)
@@ -125,7 +128,7 @@ def register(
     if gradient:
         torch.library.register_autograd(
             f"{NAMESPACE}::{name}",
-            _backward_through(gradient),
+            _backward_through(gradient, len(op.argument_names)),
             setup_context=gradient.setup_context,
         )
     elif name.endswith("_backward"):
@@ -133,9 +136,10 @@ def register(
     return op
 
 
-def _backward_through(gradient: Gradient) -> Callable[..., Any]:
+def _backward_through(gradient: Gradient, arguments: int) -> Callable[..., Any]:
     def backward(ctx: Any, *grads: Any) -> Any:
-        ctx.wanted = ctx.needs_input_grad
+        # torch leaves out the last arguments of a call where they equal their defaults
+        ctx.wanted = ctx.needs_input_grad + (False,) * (arguments - len(ctx.needs_input_grad))
         return gradient.backward(OPERATORS[gradient.backward_op].overload, ctx, *grads)
 
     return backward

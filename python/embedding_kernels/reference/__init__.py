@@ -1,7 +1,10 @@
 """The definition of every operator in plain torch, at any float dtype: what the kernels are checked against."""
 
+from . import attention as attention
 from . import hamming as hamming
 from . import pooling as pooling
+from .attention import merge_attention as merge_attention
+from .attention import varlen_attention as varlen_attention
 from .hamming import hamming_distance as hamming_distance
 from .hamming import hamming_topk as hamming_topk
 from .hamming import pack_bits as pack_bits

@@ -1,0 +1,312 @@
+// Forward of one head of one sequence. Compiled once for each level of instruction set. No torch, no STL, no threads.
+#include "attention.h"
+#include "attention_rows.h"
+#include "attention_scores.h"
+
+namespace embedding_kernels {
+namespace {
+
+// Keys of a block: as many as keep its scores, operands and output in the first cache.
+template <Math math>
+constexpr int64_t kKeyBlock = math == Math::pairs ? 256 : 128;
+
+// ---- keys and values ----
+
+#if defined(EK_ISA_AVX512)
+
+// Two keys' bfloat16 values of the same dimension side by side, for kWidth dimensions.
+template <bool partial>
+inline Words pair_values(const HeadRows& values, int64_t key, int64_t column, int64_t part) {
+  const auto load = [&](int64_t index) {
+    if (index >= values.count) return Words{};
+    return bits_of_float(load_at<kBFloat16, partial>(row_of<kBFloat16>(values, index), column, part));
+  };
+  return load(key) >> 16 | load(key + 1);
+}
+
+// Values transposed: a row for each dimension, a unit for two keys; zeros to whole tiles.
+inline void transpose_values(const HeadRows& values, int64_t stride, float* out) {
+  const auto block = [&]<bool partial>(int64_t column, int64_t part) {
+    for (int64_t u = 0; u < stride; u += kWidth) {
+      Words units[kWidth];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kWidth; ++i) units[i] = pair_values<partial>(values, 2 * (u + i), column, part);
+      transpose(units);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kWidth; ++i) store_floats(float_of_bits(units[i]), out + (column + i) * stride + u);
+    }
+  };
+  for_vectors(values.dim, block);
+}
+
+inline void prepare_pairs(const HeadRows& keys, const HeadRows& values, const Rotation& rotation, void* buffer,
+                          PreparedKeys* prepared) {
+  float* const to = static_cast<float*>(buffer);
+  float* const values_to = to + round_up(keys.count, 32) * round_up(keys.dim, 32);
+  const int64_t key_stride = round_up(keys.dim / 2, kDepthStep), value_stride = round_up((keys.count + 1) / 2, kWidth);
+  load_rows<kBFloat16, Math::pairs>(keys, rotation, key_stride, kRowStep, to);
+  transpose_values(values, value_stride, values_to);
+  *prepared = {keys, to, values_to, key_stride, value_stride, values.dim};
+}
+
+#endif
+
+template <Dtype dtype>
+void prepare(const HeadRows& keys, const HeadRows& values, const Rotation& rotation, void* buffer,
+             PreparedKeys* prepared) {
+#if defined(EK_ISA_AVX512)
+  if constexpr (kMath<dtype> == Math::pairs) return prepare_pairs(keys, values, rotation, buffer, prepared);
+#endif
+  prepare_floats<dtype, false>(keys, values, rotation, buffer, prepared);
+}
+
+// ---- softmax ----
+
+#if defined(EK_ISA_AVX512)
+// The bfloat16 of `low` and `high`, side by side in each lane.
+inline Floats pair_of(Floats low, Floats high) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512bh halves = _mm512_cvtne2ps_pbh(high, low);
+  return _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, reinterpret_cast<__m512i>(halves)));
+}
+#endif
+
+// Scores to weights 2^(score - most), in place; `sums` takes their sums over the keys.
+template <int vectors>
+inline void exponentiate(float* scores, int64_t keys, const Floats* most, Floats* sums) {
+  for (int64_t j = 0; j < keys; ++j) {
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; ++v) {
+      float* const place = scores + j * kQueryTile + v * kWidth;
+      const Floats weight = exp2<6>(load_floats(place) - most[v]);
+      store_floats(weight, place);
+      sums[v] += weight;
+    }
+  }
+}
+
+#if defined(EK_ISA_AVX512)
+// The same into pairs of keys, with zeros to whole tiles.
+template <int vectors>
+inline void exponentiate_pairs(const float* scores, int64_t keys, const Floats* most, float* weights, Floats* sums) {
+  const int64_t pairs = (keys + 1) / 2;
+  for (int64_t j = 0; j < pairs; ++j) {
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; ++v) {
+      const float* const place = scores + 2 * j * kQueryTile + v * kWidth;
+      const Floats low = exp2<4>(load_floats(place) - most[v]);
+      const Floats high = 2 * j + 1 < keys ? exp2<4>(load_floats(place + kQueryTile) - most[v]) : Floats{};
+      store_floats(pair_of(low, high), weights + j * kQueryTile + v * kWidth);
+      sums[v] += low + high;
+    }
+  }
+  for (int64_t j = pairs; j < round_up(pairs, kDepthStep); ++j) {
+    for (int v = 0; v < vectors; ++v) store_floats(Floats{}, weights + j * kQueryTile + v * kWidth);
+  }
+}
+#endif
+
+// The running softmax of a tile, a lane for each query.
+struct alignas(64) Running {
+  float most[kQueryTile];    // largest score so far, base 2
+  float sums[kQueryTile];    // of 2^(score - most)
+  float rescale[kQueryTile]; // of what was summed before this block
+};
+
+// Takes a block's products in; true where earlier output must be rescaled.
+template <Math math>
+inline bool take_block(const Sight& sight, bool mask, const int32_t* positions, int64_t keys, Running& running,
+                       AttentionScratch& scratch) {
+  bool moved = false;
+  for_lanes(sight.queries->count, [&]<int vectors>(int64_t lane) {
+    Floats best[vectors], most[vectors], sums[vectors];
+    form_scores<vectors>(sight, mask, positions, keys, lane, scratch.scores, nullptr, best);
+    for (int v = 0; v < vectors; ++v) {
+      const int64_t place = lane + v * kWidth;
+      const Floats before = load_floats(running.most + place), now = maximum(best[v], before);
+      // where nothing has been seen yet, any finite number serves
+      most[v] = choose(equal(now, broadcast(-kInfinity)), Floats{}, now);
+      const Floats rescale = exp2<6>(before - most[v]);
+      sums[v] = Floats{};
+      store_floats(now, running.most + place);
+      store_floats(rescale, running.rescale + place);
+    }
+    if constexpr (math == Math::floats) {
+      exponentiate<vectors>(scratch.scores + lane, keys, most, sums);
+    } else {
+#if defined(EK_ISA_AVX512)
+      exponentiate_pairs<vectors>(scratch.scores + lane, keys, most, scratch.weights + lane, sums);
+#endif
+    }
+    for (int v = 0; v < vectors; ++v) {
+      float* const place = running.sums + lane + v * kWidth;
+      store_floats(multiply_add(load_floats(place), load_floats(running.rescale + lane + v * kWidth), sums[v]), place);
+    }
+  });
+  for (int64_t i = 0; i < sight.queries->count; ++i) moved |= running.rescale[i] != 1.0f;
+  return moved;
+}
+
+// ---- output: [queries, dimensions] in floats, transposed from pairs ----
+
+template <Math math>
+inline int64_t out_stride(int64_t value_dim) {
+  return math == Math::pairs ? kQueryTile : round_up(value_dim, kWidth);
+}
+
+template <Math math>
+inline void rescale_output(const Running& running, int64_t queries, int64_t value_dim, float* out) {
+  const int64_t stride = out_stride<math>(value_dim);
+  if constexpr (math == Math::floats) {
+    for (int64_t i = 0; i < queries; ++i) {
+      const Floats factor = broadcast(running.rescale[i]);
+      for (int64_t c = 0; c < value_dim; c += kWidth) {
+        store_floats(load_floats(out + i * stride + c) * factor, out + i * stride + c);
+      }
+    }
+  } else {
+    for (int64_t d = 0; d < value_dim; ++d) {
+      for (int64_t i = 0; i < queries; i += kWidth) {
+        store_floats(load_floats(out + d * stride + i) * load_floats(running.rescale + i), out + d * stride + i);
+      }
+    }
+  }
+}
+
+// out (+)= weights times values of the block that begins at key `first`.
+template <Math math>
+inline void add_values(const PreparedKeys& keys, int64_t first, int64_t count, int64_t queries, bool accumulate,
+                       AttentionScratch& scratch) {
+  const auto* values = static_cast<const float*>(keys.values);
+  const int64_t stride = out_stride<math>(keys.value_dim);
+  Product product;
+  if constexpr (math == Math::floats) {
+    product = {scratch.scores, kQueryTile, values + first * keys.value_stride, keys.value_stride, scratch.out, stride,
+               queries, count, round_up(keys.value_dim, kWidth)};
+  } else {
+    product = {values + first / 2, keys.value_stride, scratch.weights, kQueryTile, scratch.out, stride,
+               keys.value_dim, (count + 1) / 2, round_up(queries, kWidth)};
+  }
+  constexpr bool transposed = math == Math::floats;
+  accumulate ? multiply<math, transposed, true>(product) : multiply<math, transposed, false>(product);
+}
+
+template <Dtype dtype>
+inline void store_rows(const AttentionTile& tile, const float* inverse) {
+  const int64_t dim = tile.keys->value_dim, stride = out_stride<Math::floats>(dim);
+  for (int64_t i = 0; i < tile.queries.count; ++i) {
+    const float* const row = tile.scratch->out + i * stride;
+    void* const out = at<dtype>(tile.out, i * tile.out_stride);
+    for_vectors(dim, [&]<bool partial>(int64_t c, int64_t part) {
+      store_at<dtype, partial>(load_at<kFloat32, partial>(row, c, part) * broadcast(inverse[i]), out, c, part);
+    });
+  }
+}
+
+template <Dtype dtype>
+inline void store_transposed(const AttentionTile& tile, const float* inverse) {
+  const int64_t queries = tile.queries.count;
+  for (int64_t lane = 0; lane < queries; lane += kWidth) {
+    const Floats factor = load_floats(inverse + lane);
+    for_vectors(tile.keys->value_dim, [&]<bool partial>(int64_t c, int64_t part) {
+      Words block[kWidth];
+#pragma GCC unroll 16
+      for (int64_t d = 0; d < kWidth; ++d) {
+        block[d] = bits_of_float(load_floats(tile.scratch->out + (c + d) * kQueryTile + lane) * factor);
+      }
+      transpose(block);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < kWidth; ++i) {
+        if (lane + i >= queries) continue;
+        store_at<dtype, partial>(float_of_bits(block[i]), at<dtype>(tile.out, (lane + i) * tile.out_stride), c, part);
+      }
+    });
+  }
+}
+
+template <Dtype dtype>
+inline void finish(const AttentionTile& tile, const Running& running) {
+  alignas(64) float inverse[kQueryTile], lse[kQueryTile];
+  for (int64_t lane = 0; lane < tile.queries.count; lane += kWidth) {
+    const Floats sums = load_floats(running.sums + lane), most = load_floats(running.most + lane);
+    const Mask empty = equal(sums, Floats{});
+    const Floats some = choose(empty, broadcast(1.0f), sums);
+    store_floats(choose(empty, Floats{}, 1.0f / some), inverse + lane);
+    const Floats logarithm = multiply_add(most, broadcast(kLn2), log_of(some));
+    store_floats(choose(empty, broadcast(-kInfinity), logarithm), lse + lane);
+  }
+  __builtin_memcpy(tile.lse, lse, 4 * tile.queries.count);
+  kMath<dtype> == Math::pairs ? store_transposed<dtype>(tile, inverse) : store_rows<dtype>(tile, inverse);
+}
+
+template <Dtype dtype>
+void attend(const AttentionTile& tile) {
+  constexpr Math math = kMath<dtype>;
+  AttentionScratch& scratch = *tile.scratch;
+  const PreparedKeys& keys = *tile.keys;
+  const HeadRows& queries = tile.queries;
+  const int64_t depth = units_of<math>(queries.dim), lanes = round_up(queries.count, kWidth);
+  load_tile<dtype, math>(queries, tile.rotation, tile_stride<math>(queries.dim), scratch.query_rows,
+                         scratch.query_columns);
+  const Sight sight = sight_of(queries, *tile.rule, tile.bias, scratch);
+  Running running;
+  for (int64_t i = 0; i < kQueryTile; ++i) {
+    running.most[i] = -kInfinity;
+    running.sums[i] = 0.0f;
+  }
+  bool begun = false;
+  for (int64_t first = 0; first < keys.source.count; first += kKeyBlock<math>) {
+    const int64_t left = keys.source.count - first, count = left < kKeyBlock<math> ? left : kKeyBlock<math>;
+    const int32_t* positions = keys.source.positions + first;
+    const Seen part = seen(sight, positions, count, keys.source.consecutive);
+    if (part == Seen::none) continue;
+    const auto* rows = static_cast<const float*>(keys.keys) + first * keys.key_stride;
+    multiply<math, false, false>(
+        {rows, keys.key_stride, scratch.query_columns, kQueryTile, scratch.scores, kQueryTile, count, depth, lanes});
+    const bool moved = take_block<math>(sight, part == Seen::some, positions, count, running, scratch);
+    if (begun && moved) rescale_output<math>(running, queries.count, keys.value_dim, scratch.out);
+    add_values<math>(keys, first, count, queries.count, begun, scratch);
+    begun = true;
+  }
+  if (!begun) __builtin_memset(scratch.out, 0, sizeof(scratch.out));
+  finish<dtype>(tile, running);
+}
+
+// ---- merging ----
+
+template <Dtype dtype>
+void blend(const void* a, float weight_a, const void* b, float weight_b, int64_t columns, void* out) {
+  for_vectors(columns, [&]<bool partial>(int64_t c, int64_t part) {
+    const Floats x = weight_a == 0 ? Floats{} : load_at<dtype, partial>(a, c, part) * weight_a;
+    const Floats y = weight_b == 0 ? Floats{} : load_at<dtype, partial>(b, c, part) * weight_b;
+    store_at<dtype, partial>(x + y, out, c, part);
+  });
+}
+
+template <Dtype dtype>
+float dot(const void* a, const void* b, int64_t columns) {
+  Floats sum = {};
+  for_vectors(columns, [&]<bool partial>(int64_t c, int64_t part) {
+    sum = multiply_add(load_at<dtype, partial>(a, c, part), load_at<dtype, partial>(b, c, part), sum);
+  });
+  return sum_of(sum);
+}
+
+#if defined(EK_ISA_AMX)
+void enter() { configure_tiles(); }
+void leave() { _tile_release(); }
+#else
+void enter() {}
+void leave() {}
+#endif
+
+}  // namespace
+
+#define EK_ALL_DTYPES(loop) {loop<kFloat32>, loop<kBFloat16>, loop<kFloat16>}
+
+extern const AttentionLoops EK_LEVEL_NAME(attention_loops) = {
+    enter, leave, EK_ALL_DTYPES(prepare), EK_ALL_DTYPES(attend), EK_ALL_DTYPES(blend), EK_ALL_DTYPES(dot),
+};
+
+}  // namespace embedding_kernels
