@@ -15,9 +15,9 @@ using torch::stable::Tensor;
 namespace cpu {
 
 // The options of varlen_attention, in the order of its schema.
-#define EK_ATTENTION_OPTIONS                                                                                          \
-  std::optional<double> scale, bool causal, int64_t window_left, int64_t window_right, double softcap,                \
-      std::optional<Tensor> bias_table, std::optional<Tensor> rope_cos, std::optional<Tensor> rope_sin,               \
+#define EK_ATTENTION_OPTIONS                                                                            \
+  std::optional<double> scale, bool causal, int64_t window_left, int64_t window_right, double softcap,  \
+      std::optional<Tensor> bias_table, std::optional<Tensor> rope_cos, std::optional<Tensor> rope_sin, \
       std::optional<Tensor> positions_q, std::optional<Tensor> positions_k, std::optional<Tensor> seqused_k
 
 std::tuple<Tensor, Tensor> varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k,

@@ -19,8 +19,8 @@
   "float? scale=None, bool causal=False, SymInt window_left=-1, SymInt window_right=-1, float softcap=0.0, " \
   "Tensor? bias_table=None, Tensor? rope_cos=None, Tensor? rope_sin=None, Tensor? positions_q=None, "        \
   "Tensor? positions_k=None, Tensor? seqused_k=None"
-#define VARLEN_ATTENTION_SIGNATURE                                                                              \
-  "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt "      \
+#define VARLEN_ATTENTION_SIGNATURE                                                                        \
+  "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, SymInt " \
   "max_seqlen_k, " VARLEN_ATTENTION_OPTIONS ") -> (Tensor, Tensor)"
 #define MERGE_ATTENTION_SIGNATURE "(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor, Tensor)"
 

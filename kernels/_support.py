@@ -73,7 +73,7 @@ def round_to(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def first_above(values, count, keys, STEPS: tl.constexpr):
+def first_above(values, count, keys, STEPS):
     """For each key the first place of the ascending ``values`` that is above it; ``2 ** STEPS`` must exceed count.
 
     In bounds for any values, ascending or not.

@@ -17,6 +17,7 @@ import embedding_kernels.ops
 from embedding_kernels.ops._registry import OPERATORS
 
 TESTS = Path(__file__).parent
+CONSTANTS = ("rope_cos", "rope_sin")  # float arguments to which no gradient flows
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,10 @@ class Sample:
         torch.manual_seed(0)
         args = self.make()
         if requires_grad:
-            args = tuple(a.requires_grad_() if is_float(a) else a for a in args)
+            names = OPERATORS[self.op].argument_names
+            for name, a in zip(names, args, strict=False):
+                if is_float(a) and name not in CONSTANTS:
+                    a.requires_grad_()
         return args
 
     def __str__(self) -> str:

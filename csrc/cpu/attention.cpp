@@ -80,10 +80,12 @@ void check_devices(const char* op, const AttentionTensors& t) {
   check_same_device(op, "q", t.q, "v", t.v);
   check_same_device(op, "q", t.q, "cu_seqlens_q", t.offsets_q);
   check_same_device(op, "q", t.q, "cu_seqlens_k", t.offsets_k);
-  for (const auto& [name, tensor] :
-       {std::pair<const char*, const std::optional<Tensor>&>{"bias_table", t.bias_table}, {"rope_cos", t.rope_cos},
-        {"rope_sin", t.rope_sin}, {"positions_q", t.positions_q}, {"positions_k", t.positions_k},
-        {"seqused_k", t.seqused_k}}) {
+  for (const auto& [name, tensor] : {std::pair<const char*, const std::optional<Tensor>&>{"bias_table", t.bias_table},
+                                     {"rope_cos", t.rope_cos},
+                                     {"rope_sin", t.rope_sin},
+                                     {"positions_q", t.positions_q},
+                                     {"positions_k", t.positions_k},
+                                     {"seqused_k", t.seqused_k}}) {
     if (tensor) check_same_device(op, "q", t.q, name, *tensor);
   }
 }
@@ -246,14 +248,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> varlen_attention_backward(Tensor grad
   const int64_t heads = bias_table ? bias_table->size(0) : 0, entries = bias_table ? bias_table->size(1) : 0;
   Tensor grad_bias = torch::stable::empty({heads, entries}, ScalarType::Float);
   std::optional<Tensor> saved_lse = lse;
-  const AttentionGradient gradient = {heads_of(grad_out),
-                                      heads_of(out),
-                                      floats(saved_lse),
-                                      floats(grad_lse),
-                                      grad_q.mutable_data_ptr(),
-                                      grad_k.mutable_data_ptr(),
-                                      grad_v.mutable_data_ptr(),
-                                      bias_table ? static_cast<float*>(grad_bias.mutable_data_ptr()) : nullptr};
+  const AttentionGradient gradient = {
+      heads_of(grad_out),        heads_of(out),
+      floats(saved_lse),         floats(grad_lse),
+      grad_q.mutable_data_ptr(), grad_k.mutable_data_ptr(),
+      grad_v.mutable_data_ptr(), bias_table ? static_cast<float*>(grad_bias.mutable_data_ptr()) : nullptr};
   attention_backward(attention_backward_loops(), attention, gradient, torch_threads(), TorchParallelFor());
   return {grad_q, grad_k, grad_v, grad_bias};
 }

@@ -11,9 +11,9 @@
 
 namespace embedding_kernels {
 
-constexpr int64_t kQueryTile = 32;        // queries of a tile
-constexpr int64_t kMostKeys = 256;        // keys of a block
-constexpr int64_t kMostHeadDim = 256;     // dimensions of a head
+constexpr int64_t kQueryTile = 32;           // queries of a tile
+constexpr int64_t kMostKeys = 256;           // keys of a block
+constexpr int64_t kMostHeadDim = 256;        // dimensions of a head
 constexpr int64_t kBiasMargin = kQueryTile;  // entries of a spread bias table before the first and after the last
 
 // Rows of one head in one sequence.
@@ -124,8 +124,8 @@ struct AttentionBackwardLoops {
   void (*attend[kDtypes])(const AttentionGradientTile& tile);
 
   // out[r, :] = rows[r, :] * scale, rotated backwards to `positions`, rounded once.
-  void (*store[kDtypes])(const float* rows, int64_t stride, const HeadRows& like, float scale,
-                         const Rotation& rotation, void* out, int64_t out_stride);
+  void (*store[kDtypes])(const float* rows, int64_t stride, const HeadRows& like, float scale, const Rotation& rotation,
+                         void* out, int64_t out_stride);
 };
 
 // From row to row of the gradients of keys and values, in floats.

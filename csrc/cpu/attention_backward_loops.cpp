@@ -131,7 +131,7 @@ inline void block_backward(const AttentionGradientTile& tile, const Sight& sight
   multiply<Math::floats, false, true>({scratch.weights, kQueryTile, scratch.query_rows, width,
                                        tile.grad_keys + first * stride, stride, count, queries, width});
   const Product to_queries = {scratch.weights, kQueryTile, key_rows, keys.key_stride, scratch.out, width,
-                              queries, count, width};
+                              queries,         count,      width};
   begun ? multiply<Math::floats, true, true>(to_queries) : multiply<Math::floats, true, false>(to_queries);
 }
 

@@ -129,7 +129,8 @@ inline bool worth_threads(const Attention& attention) {
   return products * attention.q.heads * (attention.q.dim + attention.v.dim) >= kSerialProducts;
 }
 
-// Runs work(part, worker's memory) over all parts, each worker taking the next few when it is free.
+// Runs worker(for_parts) on each thread; its for_parts(work) calls work(part, next part or null) for one part after the
+// other, the next few whenever it is free.
 template <class Worker, class ParallelFor>
 void share_out(const std::vector<AttentionPart>& parts, int64_t threads, const ParallelFor& parallel_for,
                const Worker& worker) {
@@ -139,7 +140,9 @@ void share_out(const std::vector<AttentionPart>& parts, int64_t threads, const P
   parallel_for(std::min(threads, count), [&](int64_t) {
     worker([&](const auto& work) {
       for (int64_t first; (first = next.fetch_add(grain)) < count;) {
-        for (int64_t i = first; i < std::min(first + grain, count); ++i) work(parts[i]);
+        for (int64_t i = first; i < std::min(first + grain, count); ++i) {
+          work(parts[i], i + 1 < count ? &parts[i + 1] : nullptr);
+        }
       }
     });
   });
@@ -165,6 +168,29 @@ inline int64_t most_keys(const Attention& attention) {
   return most;
 }
 
+// Brings the rows of a short sequence near before they are needed: those of one head lie far apart.
+inline void prefetch(const Attention& attention, const Heads& heads, int64_t first_head, int64_t count,
+                     const int32_t* offsets, int64_t sequence) {
+  constexpr int64_t kMostRows = 64, kLine = 64;
+  const int64_t bytes = dtype_bytes(attention.dtype);
+  const int64_t end = std::min<int64_t>(offsets[sequence] + kMostRows, offsets[sequence + 1]);
+  for (int64_t t = offsets[sequence]; t < end; ++t) {
+    const auto* row =
+        static_cast<const char*>(heads.data) + (t * heads.row_stride + first_head * heads.head_stride) * bytes;
+    for (int64_t h = 0; h < count; ++h, row += heads.head_stride * bytes) {
+      for (int64_t byte = 0; byte < heads.dim * bytes; byte += kLine) __builtin_prefetch(row + byte, 0, 2);
+    }
+  }
+}
+
+inline void prefetch(const Attention& attention, const AttentionPart* part) {
+  if (part == nullptr) return;
+  const int64_t group = attention.group();
+  prefetch(attention, attention.k, part->head, 1, attention.offsets_k, part->sequence);
+  prefetch(attention, attention.v, part->head, 1, attention.offsets_k, part->sequence);
+  prefetch(attention, attention.q, part->head * group, group, attention.offsets_q, part->sequence);
+}
+
 // ---- forward ----
 
 struct AttentionOutput {
@@ -183,8 +209,7 @@ inline AttentionTile forward_tile(const Attention& attention, const AttentionTab
           attention.rotation,
           &attention.rule,
           tables.bias(head),
-          static_cast<uint8_t*>(output.out) +
-              ((start + first) * stride + head * dim) * dtype_bytes(attention.dtype),
+          static_cast<uint8_t*>(output.out) + ((start + first) * stride + head * dim) * dtype_bytes(attention.dtype),
           stride,
           output.lse + head * attention.tokens_q() + start + first,
           scratch};
@@ -200,17 +225,17 @@ void attention_forward(const AttentionLoops& loops, const Attention& attention, 
     const auto scratch = std::make_unique_for_overwrite<AttentionScratch>();
     const WorkMemory memory(bytes);
     loops.enter();
-    for_parts([&](const AttentionPart& part) {
+    for_parts([&](const AttentionPart& part, const AttentionPart* next) {
+      prefetch(attention, next);
       const int64_t s = part.sequence, start = attention.offsets_k[s], count = attention.keys(s);
       PreparedKeys keys;
       loops.prepare[attention.dtype](tables.rows(attention.k, part.head, start, attention.positions_k, 0, count),
-                                     tables.rows(attention.v, part.head, start, nullptr, 0, count),
-                                     attention.rotation, memory.data(), &keys);
+                                     tables.rows(attention.v, part.head, start, nullptr, 0, count), attention.rotation,
+                                     memory.data(), &keys);
       const int64_t tiles = tiles_of(attention.queries(s));
       for (int64_t t = part.begin; t < part.end; ++t) {
         const int64_t head = part.head * attention.group() + t / tiles;
-        loops.attend[attention.dtype](
-            forward_tile(attention, tables, keys, output, s, head, t % tiles, scratch.get()));
+        loops.attend[attention.dtype](forward_tile(attention, tables, keys, output, s, head, t % tiles, scratch.get()));
       }
     });
     loops.leave();
@@ -220,11 +245,11 @@ void attention_forward(const AttentionLoops& loops, const Attention& attention, 
 // ---- backward ----
 
 struct AttentionGradient {
-  Heads grad_out, out;   // of the heads of q
-  const float* lse;      // [heads, tokens]
+  Heads grad_out, out;    // of the heads of q
+  const float* lse;       // [heads, tokens]
   const float* grad_lse;  // the same, or null
-  void *q, *k, *v;       // contiguous
-  float* bias_table;     // [heads, 2 reach + 1], or null
+  void *q, *k, *v;        // contiguous
+  float* bias_table;      // [heads, 2 reach + 1], or null
 };
 
 // Gradients of keys, values and biases of one head of keys in one sequence; a worker's memory for them.
@@ -305,7 +330,13 @@ void attention_backward(const AttentionBackwardLoops& loops, const Attention& at
   share_out(parts, threads, parallel_for, [&](const auto& for_parts) {
     const auto scratch = std::make_unique_for_overwrite<AttentionScratch>();
     const WorkMemory memory(bytes), sums_memory(4 * most * (shape.key_stride + shape.value_stride));
-    for_parts([&](const AttentionPart& part) {
+    for_parts([&](const AttentionPart& part, const AttentionPart* next) {
+      prefetch(attention, next);
+      if (next != nullptr) {
+        for (const Heads* heads : {&gradient.out, &gradient.grad_out}) {
+          prefetch(attention, *heads, next->head * group, group, attention.offsets_q, next->sequence);
+        }
+      }
       const int64_t s = part.sequence, start = attention.offsets_k[s], count = attention.keys(s);
       const HeadRows key_rows = tables.rows(attention.k, part.head, start, attention.positions_k, 0, count);
       const HeadRows value_rows = tables.rows(attention.v, part.head, start, nullptr, 0, count);

@@ -109,9 +109,9 @@ inline void exponentiate_pairs(const float* scores, int64_t keys, const Floats* 
 
 // The running softmax of a tile, a lane for each query.
 struct alignas(64) Running {
-  float most[kQueryTile];    // largest score so far, base 2
-  float sums[kQueryTile];    // of 2^(score - most)
-  float rescale[kQueryTile]; // of what was summed before this block
+  float most[kQueryTile];     // largest score so far, base 2
+  float sums[kQueryTile];     // of 2^(score - most)
+  float rescale[kQueryTile];  // of what was summed before this block
 };
 
 // Takes a block's products in; true where earlier output must be rescaled.
@@ -183,10 +183,10 @@ inline void add_values(const PreparedKeys& keys, int64_t first, int64_t count, i
   Product product;
   if constexpr (math == Math::floats) {
     product = {scratch.scores, kQueryTile, values + first * keys.value_stride, keys.value_stride, scratch.out, stride,
-               queries, count, round_up(keys.value_dim, kWidth)};
+               queries,        count,      round_up(keys.value_dim, kWidth)};
   } else {
-    product = {values + first / 2, keys.value_stride, scratch.weights, kQueryTile, scratch.out, stride,
-               keys.value_dim, (count + 1) / 2, round_up(queries, kWidth)};
+    product = {values + first / 2, keys.value_stride, scratch.weights,          kQueryTile, scratch.out, stride,
+               keys.value_dim,     (count + 1) / 2,   round_up(queries, kWidth)};
   }
   constexpr bool transposed = math == Math::floats;
   accumulate ? multiply<math, transposed, true>(product) : multiply<math, transposed, false>(product);

@@ -21,6 +21,15 @@ inline const void* row_of(const HeadRows& rows, int64_t index) {
   return at<dtype>(rows.data, index * rows.stride);
 }
 
+// Rows of a head lie far apart, where the processor's own prefetcher does not follow.
+constexpr int64_t kPrefetchRows = 8;
+
+template <Dtype dtype>
+inline void prefetch_row(const HeadRows& rows, int64_t index) {
+  const char* const row = static_cast<const char*>(row_of<dtype>(rows, index));
+  for (int64_t byte = 0; byte < rows.dim * dtype_bytes(dtype); byte += 64) __builtin_prefetch(row + byte);
+}
+
 template <Dtype dtype>
 inline void widen_row(const void* row, int64_t dim, float* out) {
   for_vectors(dim, [&]<bool partial>(int64_t c, int64_t part) {
@@ -71,6 +80,7 @@ inline void load_row(const void* row, int64_t dim, const Rotation& rotation, int
 template <Dtype dtype, Math math>
 inline void load_rows(const HeadRows& rows, const Rotation& rotation, int64_t stride, int64_t row_step, float* out) {
   for (int64_t r = 0; r < rows.count; ++r) {
+    prefetch_row<dtype>(rows, r + kPrefetchRows);
     const int32_t position = rotation.cos == nullptr ? 0 : rows.positions[r];
     load_row<dtype, math>(row_of<dtype>(rows, r), rows.dim, rotation, position, out + r * stride, stride);
   }
@@ -119,7 +129,7 @@ inline void prepare_floats(const HeadRows& keys, const HeadRows& values, const R
   float* const to = static_cast<float*>(buffer);
   float* const values_to = to + round_up(keys.count, 32) * round_up(keys.dim, 32);
   const bool in_place = dtype == kFloat32 && keys.count <= kInPlaceRows;
-  *prepared = {keys, to, values_to, whole ? round_up(keys.dim, kWidth) : keys.dim, round_up(values.dim, kWidth),
+  *prepared = {keys,      to, values_to, whole ? round_up(keys.dim, kWidth) : keys.dim, round_up(values.dim, kWidth),
                values.dim};
   if (in_place && rotation.cos == nullptr && (!whole || keys.dim % kWidth == 0)) {
     prepared->keys = keys.data;

@@ -23,7 +23,8 @@ typedef int32_t Ints __attribute__((vector_size(kWidth * 4)));
 typedef uint32_t Words __attribute__((vector_size(kWidth * 4)));
 typedef uint16_t Halves __attribute__((vector_size(kWidth * 2)));
 
-inline Floats broadcast(float value) { return Floats{} + value; }
+// less zero, which the compiler drops; plus zero it keeps, for the sake of -0
+inline Floats broadcast(float value) { return value - Floats{}; }
 
 // a * b + c, rounded once where the level can: contraction by the compiler is off
 inline Floats multiply_add(Floats a, Floats b, Floats c) {

@@ -39,7 +39,8 @@ Isa choose() {
     throw std::invalid_argument("EMBEDDING_KERNELS_ISA must be a level of this processor and build, got " +
                                 std::string(forced));
   }
-  throw std::invalid_argument("EMBEDDING_KERNELS_ISA must be portable, avx2, avx512 or amx, got " + std::string(forced));
+  throw std::invalid_argument("EMBEDDING_KERNELS_ISA must be portable, avx2, avx512 or amx, got " +
+                              std::string(forced));
 }
 
 }  // namespace

@@ -9,8 +9,7 @@
 namespace embedding_kernels::cpu {
 namespace {
 
-const char* const kOutput =
-    "a float32, bfloat16 or float16 tensor [T, H, D] (float64 runs with backend=\"reference\")";
+const char* const kOutput = "a float32, bfloat16 or float16 tensor [T, H, D] (float64 runs with backend=\"reference\")";
 
 void check_lse(const char* op, const char* argument, const Tensor& lse, const Tensor& out) {
   check_tensor(op, argument, lse, "a float32 tensor [H, T]", {ScalarType::Float}, 2);
@@ -120,7 +119,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_attention_backward(Tensor grad_
   const Side a(out_a, lse_a), b(out_b, lse_b), g(grad_out, grad_lse ? *grad_lse : lse_a);
   Tensor grad_a = empty_like_out(out_a), grad_b = empty_like_out(out_a);
   Tensor grad_lse_a = empty_lse(out_a), grad_lse_b = empty_lse(out_a);
-  auto *to_a = static_cast<uint8_t*>(grad_a.mutable_data_ptr()), *to_b = static_cast<uint8_t*>(grad_b.mutable_data_ptr());
+  auto *to_a = static_cast<uint8_t*>(grad_a.mutable_data_ptr()),
+       *to_b = static_cast<uint8_t*>(grad_b.mutable_data_ptr());
   auto *sums_a = static_cast<float*>(grad_lse_a.mutable_data_ptr()),
        *sums_b = static_cast<float*>(grad_lse_b.mutable_data_ptr());
   const Dtype dtype = dtype_of(out_a);

@@ -39,6 +39,24 @@ def guarded(tensor: torch.Tensor, at_end: bool) -> torch.Tensor:
     return copy
 
 
+def attention():
+    """Heads of every size, texts that end at every place of a tile, with everything that is read beside q, k and v."""
+    sizes = [(dim, max(16, 264 - dim), 5) for dim in range(16, 257, 8)] + [(24, 40, length) for length in range(1, 71)]
+    for dim, dim_v, length in sizes:
+        offsets = torch.tensor([0, length, length + 2], dtype=torch.int32)
+        rows = length + 2
+        angles, table = torch.rand(length + 2, dim // 4), torch.randn(2, 7)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            q, k = torch.randn(2, rows, 2, dim).to(dtype)
+            args = q, k[:, :1], torch.randn(rows, 1, dim_v).to(dtype), offsets, offsets, rows, rows
+            options = None, False, 40, -1, 0.0, table, angles.cos(), angles.sin(), None, None, None
+            yield "varlen_attention", (*args, *options)
+            out, lse = OPERATORS["varlen_attention"].forward_overload(*args, *options)
+            yield "varlen_attention_backward", (torch.randn_like(out), lse, out, lse, *args, *options)
+            yield "merge_attention", (out, lse, out, lse)
+            yield "merge_attention_backward", (out, lse, out, lse, out, lse)
+
+
 def odd_sizes():
     """Calls whose rows end at every place of a vector."""
     torch.manual_seed(1)
@@ -50,6 +68,7 @@ def odd_sizes():
             for mode in ("mean", "max", "last"):
                 yield "segment_pool", (x, offsets, mode, 1, None, True, None, None)
                 yield "segment_pool_backward", (x[:2], x, offsets, 3, dim, dtype, mode, 1, None, True)
+    yield from attention()
     for width in range(1, 140):
         codes = torch.randint(0, 256, (21, width), dtype=torch.uint8)
         for queries in (1, 5):

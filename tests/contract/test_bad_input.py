@@ -15,6 +15,7 @@ from operators import SAMPLES, Sample, assert_same, call_public, is_float, outpu
 
 SENTENCE = r"^{op}(_backward)?: [^\n]+ must be [^\n]+, got [^\n]+$"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool)
+FLOATS = st.sampled_from((-1.5, -0.0, 0.0, 2.0, 1e30, float("inf"), float("-inf"), float("nan")))
 PUBLIC_SAMPLES = [sample for sample in SAMPLES if not sample.op.endswith("_backward")]
 
 
@@ -47,13 +48,31 @@ def draw_tensor(data: st.DataObject, tensor: torch.Tensor) -> torch.Tensor:
     return changed
 
 
-def draw_value(data: st.DataObject, value: object) -> object:
+def made_up(data: st.DataObject, kind: str) -> object:
+    """A value for an optional argument that the sample leaves out."""
+    if kind == "Tensor":
+        size = data.draw(st.lists(st.integers(0, 4), max_size=3), "size")
+        return torch.zeros(size, dtype=data.draw(st.sampled_from(DTYPES), "dtype"))
+    if kind == "float":
+        return data.draw(FLOATS, "float")
+    return data.draw(st.sampled_from((-1, 0, 1, 20)), "int") if kind in ("int", "SymInt") else None
+
+
+def draw_value(data: st.DataObject, value: object, kind: object) -> object:
+    """Something else for an argument; ``kind`` is its type in the schema."""
+    if isinstance(kind, torch.OptionalType):
+        if value is None:
+            return made_up(data, str(kind.getElementType()))
+        if data.draw(st.integers(0, 3), "left out") == 0:
+            return None
     if isinstance(value, torch.Tensor):
         return draw_tensor(data, value)
     if isinstance(value, bool):
         return not value
     if isinstance(value, int):
         return value + data.draw(st.sampled_from((-(2**40), -100, -2, -1, 1, 2, 50)), "by")
+    if isinstance(value, float):
+        return data.draw(FLOATS, "float")
     if isinstance(value, str):
         return data.draw(st.sampled_from(("", "median", "mean ", "first", "first_m", "max", "weighted_mean")), "mode")
     return value
@@ -72,7 +91,7 @@ def attempt(sample: Sample, args: tuple, backend: str) -> tuple[str, object]:
 def test_backends_refuse_alike(sample, data):
     args = list(sample.args())
     place = data.draw(st.integers(0, len(args) - 1), "argument")
-    args[place] = draw_value(data, args[place])
+    args[place] = draw_value(data, args[place], OPERATORS[sample.op].overload._schema.arguments[place].real_type)
     tensors = [a for a in args if isinstance(a, torch.Tensor)]
     backends = ["reference"] if any(t.is_meta for t in tensors) else ["reference", "cpu"]
     results = {backend: attempt(sample, tuple(args), backend) for backend in backends}
@@ -98,12 +117,19 @@ def attempt_op(sample: Sample, args: tuple) -> tuple[str, object]:
         return "refusal", str(error)
 
 
-FLOAT_SAMPLES = [s for s in PUBLIC_SAMPLES if OPERATORS[s.op].argument_names[0] in ("x", "hidden")]
+def activations(op: str) -> tuple[str, ...]:
+    """What autocast casts; of an operator that it leaves alone, rows whose dtype matters."""
+    names = OPERATORS[op].argument_names
+    return OPERATORS[op].autocast or tuple(name for name in names if name in ("x", "hidden"))
+
+
+FLOAT_SAMPLES = [s for s in PUBLIC_SAMPLES if activations(s.op)]
 
 
 @pytest.mark.parametrize("sample", FLOAT_SAMPLES, ids=str)
 def test_float64_is_for_the_reference(sample):
-    args = tuple(a.double() if i == 0 else a for i, a in enumerate(sample.args()))
+    named = zip(OPERATORS[sample.op].argument_names, sample.args(), strict=False)
+    args = tuple(a.double() if name in activations(sample.op) else a for name, a in named)
     with pytest.raises(ValueError, match=r'float64 runs with backend="reference"\), got float64'):
         call_public(sample, args)
     assert outputs(call_public(sample, args, backend="reference"))

@@ -27,7 +27,25 @@ def codes(rows: int, seed: int) -> torch.Tensor:
     return torch.randint(0, 256, (rows, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
+def heads(step: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Rows of two heads, their offsets and the longest text's length."""
+    hidden, cu_seqlens, mask, _ = ragged(step)
+    return torch.randn(hidden.shape[0], 2, 16), cu_seqlens, int(mask.sum(1).max())
+
+
+def attend(q: torch.Tensor, cu_seqlens: torch.Tensor, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return ek.varlen_attention(
+        q, q, q, cu_seqlens, cu_seqlens, longest, longest, window_left=longest - 2, return_lse=True
+    )
+
+
+def merge(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return ek.merge_attention(q, q[..., 0].T, 2 * q, q[..., 1].T)
+
+
 CALLS = {
+    "varlen_attention": lambda step: (attend, heads(step)),
+    "merge_attention": lambda step: (merge, heads(step)[:1]),
     "pack_bits": lambda step: (ek.pack_bits, (ragged(step)[0],)),
     "hamming_distance": lambda step: (ek.hamming_distance, (codes(2 + step, 0), codes(30 + step, 1))),
     "hamming_topk": lambda step: (

@@ -1,4 +1,4 @@
-"""Both families' suites at every level of instruction set that this processor has; the level is chosen at load, so each
+"""Every family's suite at every level of instruction set that this processor has; the level is chosen at load, so each
 runs in a process of its own."""
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def run(level: str, *command: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("level", [level for level in LEVELS if level != _host.isa()])
 def test_suites(level):
-    suites = ("tests/hamming", "tests/pooling")
+    suites = ("tests/attention", "tests/hamming", "tests/pooling")
     result = run(level, "-m", "pytest", "-q", "-m", "not slow", "--backend", "cpu", "-p", "no:cacheprovider", *suites)
     assert result.returncode == 0, result.stdout[-4000:]
     assert " passed" in result.stdout.splitlines()[-1]

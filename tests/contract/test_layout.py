@@ -28,8 +28,13 @@ def sparse_last(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().repeat_interleave(2, -1)[..., ::2]
 
 
+def leading_swapped(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values, the first two of three dimensions stored the other way round, as heads before tokens."""
+    return tensor.detach().transpose(0, 1).contiguous().transpose(0, 1) if tensor.dim() > 2 else tensor.detach()
+
+
 @by_sample
-@pytest.mark.parametrize("relayout", (strided_rows, sparse_last))
+@pytest.mark.parametrize("relayout", (strided_rows, sparse_last, leading_swapped))
 def test_any_strides(sample, relayout):
     op = OPERATORS[sample.op]
     args = [relayout(a) if isinstance(a, torch.Tensor) and a.dim() else a for a in sample.args()]

@@ -49,9 +49,10 @@ def test_compiled_gradient(sample):
     grads = []
     for function in (torch.compile(eager, fullgraph=True, backend="aot_eager"), eager):
         args = sample.args(requires_grad=True)
-        out = function(*args)
-        out.backward(torch.linspace(-1, 1, out.numel()).reshape(out.shape).to(out.dtype))
-        grads.append(tuple(a.grad for a in args if is_float(a)))
+        outs = outputs(function(*args))
+        slopes = [torch.linspace(-1, 1, out.numel()).reshape(out.shape).to(out.dtype) for out in outs]
+        torch.autograd.backward(outs, slopes)
+        grads.append(tuple(a.grad for a in args if is_float(a) and a.requires_grad))
     assert_same(*grads)
 
 
@@ -82,10 +83,10 @@ def test_no_autograd_where_nothing_requires_grad(sample):
 def test_second_derivative_is_refused_or_right(sample):
     op = OPERATORS[sample.op]
     args = sample.args(requires_grad=True)
-    variables = [a for a in args if is_float(a)]
-    out = op.overload(*args)
+    variables = [a for a in args if is_float(a) and a.requires_grad]
     # a gradient that itself depends on the input, so that a second derivative exists
-    grads = torch.autograd.grad((out.float() ** 2).sum(), variables, create_graph=True)
+    squares = sum((out.float() ** 2).sum() for out in outputs(op.overload(*args)))
+    grads = torch.autograd.grad(squares, variables, create_graph=True)
     loss = sum((g.float() ** 2).sum() for g in grads)
     if op.gradient.backward_op.endswith("_backward"):
         with pytest.raises(RuntimeError, match=f"{sample.op}: second derivatives are not supported"):
@@ -103,12 +104,11 @@ def test_autocast_casts_activations_alone(sample):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         under = outputs(op.overload(*args))
     plain = outputs(op.overload(*args))
-    narrow = "hidden" in op.argument_names and not sample.op.endswith("_backward")
-    if not narrow:
+    if not op.autocast:
         assert_same(under, plain)
         return
-    place = op.argument_names.index("hidden")
-    moved = [a.bfloat16() if i == place else a for i, a in enumerate(args)]
+    named = zip(op.argument_names, args, strict=False)
+    moved = [a.bfloat16() if name in op.autocast else a for name, a in named]
     assert_same(under, op.overload(*moved))
 
 
@@ -116,13 +116,17 @@ def test_autocast_casts_activations_alone(sample):
 def test_flops_are_counted(sample):
     from torch.utils.flop_counter import FlopCounterMode
 
-    op = OPERATORS[sample.op]
+    op, args = OPERATORS[sample.op], sample.args()
     with FlopCounterMode(display=False) as counter:
-        op.overload(*sample.args())
-    shapes = [tuple(a.shape) if isinstance(a, torch.Tensor) else a for a in sample.args()]
+        op.overload(*args)
+    shapes = [tuple(a.shape) if isinstance(a, torch.Tensor) else a for a in args]
     assert counter.get_total_flops() == op.flops(*shapes)
 
 
 def test_flops_grow_with_the_work():
     assert OPERATORS["hamming_distance"].flops((2, 16), (10, 16)) == 2 * 2 * 10 * 128
     assert OPERATORS["segment_pool"].flops((7, 5), (3,), "mean") == 35
+    # one sequence: a multiplication and an addition for each query, key and dimension, of keys and of values
+    assert OPERATORS["varlen_attention"].flops((7, 2, 16), (5, 1, 16), (5, 1, 24), (2,)) == 2 * 2 * 7 * 5 * (16 + 24)
+    merged = (7, 2, 16), (2, 7), (7, 2, 16), (2, 7)
+    assert OPERATORS["merge_attention"].flops(*merged) == 3 * 7 * 2 * 16

@@ -155,18 +155,28 @@ def test_order_and_batching_do_not_matter(build: Build) -> None:
             assert np.abs(ours.encode(texts, batch_size=batch_size) - expected).max() <= TOLERANCE
 
 
-def test_batches_hold_real_tokens(build: Build) -> None:
+@pytest.mark.parametrize("packed", [True, False])
+def test_batches_hold_real_tokens(build: Build, packed: bool) -> None:
     ours, _ = build("mean")
-    shapes: list[tuple[int, int]] = []
-    forward = ours.model.forward
-    ours.model.forward = lambda *args, **kwargs: shapes.append(kwargs["input_ids"].shape) or forward(*args, **kwargs)
     texts = [*texts_of(100, seed=4), *["sun"] * 60]
     real = sum(len(text.split()) + 2 for text in texts)
+    shapes: list[tuple[int, int]] = []  # texts and tokens of each batch
+    backbone, forward = ours._backbone, ours.model.forward
+    if packed:
+        ours._backbone = lambda ids, cu, *args, **kwargs: (  # type: ignore[assignment]
+            shapes.append((len(cu) - 1, len(ids))) or backbone(ids, cu, *args, **kwargs)
+        )
+        ours._backbone.trims = False
+    else:
+        ours._backbone = None
+        ours.model.forward = lambda *args, **kwargs: (
+            shapes.append((len(kwargs["input_ids"]), kwargs["input_ids"].numel())) or forward(*args, **kwargs)
+        )
     ours.token_budget = 128
     ours.encode(texts)
-    assert max(rows * width for rows, width in shapes) <= 128
+    assert max(tokens for _, tokens in shapes) <= 128
     assert max(rows for rows, _ in shapes) > 32, "short texts make larger batches"
-    assert sum(rows * width for rows, width in shapes) < 1.15 * real
+    assert sum(tokens for _, tokens in shapes) <= (real if packed else 1.15 * real)
     shapes.clear()
     ours.encode(texts, batch_size=5)
     assert max(rows for rows, _ in shapes) == 5
@@ -297,9 +307,10 @@ def test_progress_bar(build: Build, capsys: pytest.CaptureFixture[str], caplog: 
     assert f"{len(TEXTS)}/{len(TEXTS)}" in capsys.readouterr().err
 
 
-def test_repr_says_what_runs(minilm: Embedder) -> None:
-    for word in ("BertModel", "mean", "Normalize", "384", "256", "cpu", "float32", "transformers' sdpa"):
+def test_repr_says_what_runs(minilm: Embedder, bert: Path) -> None:
+    for word in ("BertModel", "mean", "Normalize", "384", "256", "cpu", "float32", "packed BERT blocks"):
         assert word in repr(minilm)
+    assert "padded, eager attention" in repr(Embedder.from_pretrained(bert, attn_implementation="eager"))
 
 
 def test_half_precision_model_gives_float32_vectors(bert: Path) -> None:

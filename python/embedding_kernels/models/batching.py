@@ -1,4 +1,4 @@
-"""Texts to batches of about equal work: tokenised together, sorted by tokens, padded only inside a batch."""
+"""Texts to batches of about equal work: tokenised together, packed without padding."""
 
 from __future__ import annotations
 
@@ -20,22 +20,26 @@ _NO_LIMIT = 1_000_000
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of a `TokenizedTexts`, padded on the right to the longest of them."""
+    """Some rows of a `TokenizedTexts`, one after the other without padding."""
 
-    rows: np.ndarray  # int64 [b]: which texts
-    lengths: np.ndarray  # int64 [b]: their real tokens, falling
-    real: np.ndarray  # bool [b, s]: tokens, not padding
-    inputs: dict[str, Tensor]  # int64 [b, s] each: input_ids and, for a few models, token_type_ids
+    rows: slice | np.ndarray  # which texts
+    lengths: np.ndarray  # int64 [b]: their tokens
+    inputs: dict[str, Tensor]  # int64 [T] each: input_ids and, for a few models, token_type_ids
+    pad_values: dict[str, int]
 
     @property
-    def width(self) -> int:
+    def longest(self) -> int:
         """Tokens of the longest text."""
-        return int(self.lengths[0])
+        return int(self.lengths.max())
 
-    @property
-    def is_padded(self) -> bool:
-        """Whether any text is shorter than the longest."""
-        return bool(self.lengths[-1] != self.lengths[0])
+    def padded(self) -> tuple[dict[str, Tensor], Tensor]:
+        """The inputs as ``[b, longest]``, padded on the right, and a bool mask of the real tokens."""
+        mask = torch.from_numpy(np.arange(self.longest) < self.lengths[:, None])
+        padded = {
+            name: torch.full(mask.shape, self.pad_values[name]).masked_scatter_(mask, flat)
+            for name, flat in self.inputs.items()
+        }
+        return padded, mask
 
 
 class TokenizedTexts:
@@ -48,30 +52,31 @@ class TokenizedTexts:
         self._starts = np.concatenate(([0], np.cumsum(lengths)))
 
     def batches(self, token_budget: int, max_texts: int | None) -> Iterator[Batch]:
-        """Longest first, each of at most ``token_budget`` padded tokens (or one text) and ``max_texts`` texts.
-
-        Texts of no tokens (an empty string under a tokenizer without special tokens) are in no batch.
-        """
-        order = np.argsort(-self.lengths, kind="stable")
-        total = int(np.count_nonzero(self.lengths))
-        start = 0
+        """In the order given, each of at most ``token_budget`` tokens (or one text) and ``max_texts`` texts."""
+        start, total = 0, len(self.lengths)
         while start < total:
-            count = max(1, token_budget // int(self.lengths[order[start]]))
-            end = min(total, start + (count if max_texts is None else min(count, max_texts)))
-            yield self._batch(order[start:end])
+            within = np.searchsorted(self._starts, self._starts[start] + token_budget, side="right") - 1
+            end = max(start + 1, int(within))
+            end = end if max_texts is None else min(end, start + max_texts)
+            tokens = slice(self._starts[start], self._starts[end])
+            yield self._batch(slice(start, end), self.lengths[start:end], tokens)
             start = end
 
-    def _batch(self, rows: np.ndarray) -> Batch:
-        lengths = self.lengths[rows]
-        place = np.arange(lengths[0])
-        real = place < lengths[:, None]
-        # places past a text's end read token 0 of the flat array and are overwritten
-        source = np.where(real, self._starts[rows][:, None] + place, 0)
-        inputs = {
-            name: torch.from_numpy(np.where(real, flat[source], self._pad_values[name]).astype(np.int64))
-            for name, flat in self._columns.items()
-        }
-        return Batch(rows, lengths, real, inputs)
+    def batches_to_pad(self, token_budget: int, max_texts: int | None) -> Iterator[Batch]:
+        """Longest first, so that padding costs little; the budget is of padded tokens. Empty texts are in no batch."""
+        order = np.argsort(-self.lengths, kind="stable")
+        start, total = 0, int(np.count_nonzero(self.lengths))
+        while start < total:
+            count = max(1, token_budget // int(self.lengths[order[start]]))
+            rows = order[start : min(total, start + (count if max_texts is None else min(count, max_texts)))]
+            lengths = self.lengths[rows]
+            firsts = self._starts[rows] - np.concatenate(([0], np.cumsum(lengths[:-1])))
+            yield self._batch(rows, lengths, np.arange(lengths.sum()) + np.repeat(firsts, lengths))
+            start += len(rows)
+
+    def _batch(self, rows: slice | np.ndarray, lengths: np.ndarray, tokens: slice | np.ndarray) -> Batch:
+        inputs = {name: torch.from_numpy(flat[tokens].astype(np.int64)) for name, flat in self._columns.items()}
+        return Batch(rows, lengths, inputs, self._pad_values)
 
 
 class TextTokenizer:
@@ -119,6 +124,6 @@ class TextTokenizer:
 
 
 def windows(total: int, size: int) -> Iterator[tuple[int, int]]:
-    """Consecutive ranges of at most ``size``: bounds the tokens held at once, at a negligible loss to sorting."""
+    """Consecutive ranges of at most ``size``: bounds the tokens held at once."""
     for start in range(0, total, size):
         yield start, min(start + size, total)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from .._progress import progress_bar
-from .batching import Batch, TextTokenizer, TokenizedTexts, windows
+from ..ops.pooling import pack_padded
+from .backbones import packed_backbone
+from .batching import Batch, TextTokenizer, windows
 from .directory import DirectorySpec, pooling_modes, read_directory
 from .loading import load_tokenizer, load_transformer
-from .pooler import Pooler, Recipe, packed_tokens
+from .pooler import Pooler, Recipe
 from .precision import BIT_PRECISIONS, PRECISIONS, bits_to_precision, quantize
 
 logger = logging.getLogger(__name__)
@@ -26,7 +28,7 @@ _WINDOW = 32_768  # texts tokenised and sorted together
 _UNUSED_OPTIONS = ("pool", "chunk_size")
 _OUTPUT_VALUES = ("sentence_embedding", "token_embeddings")
 
-# padded tokens in a batch. On a CPU the activations should stay in its caches: all-MiniLM-L6-v2 in float32 on two cores
+# tokens in a batch. On a CPU the activations should stay in its caches: all-MiniLM-L6-v2 in float32 on two cores
 # runs at 256, 300, 315, 305, 263 and 211 texts/s with 256, 512, 1024, 2048, 4096 and 8192
 _CPU_TOKENS_PER_THREAD = 512
 _CPU_TOKENS = (1024, 16_384)
@@ -36,11 +38,21 @@ _GPU_TOKENS = 32_768
 class Embedder:
     """A transformers model with its tokenizer, pooling and prompts: texts in, vectors or bit codes out.
 
-    Made by `Embedder.from_pretrained`. Texts are sorted by token count, cut into batches of at most ``token_budget``
-    tokens, padded only inside a batch, and pooled from the packed tokens. The vectors are those of
-    sentence-transformers, with two differences: they are truncated first and normalised after, so those of a model
-    with a Normalize module have length 1 at every ``truncate_dim``; and no texts give shape ``(0, D)``. A text without
-    any token gives the zero vector.
+    Made by `Embedder.from_pretrained`. Texts are cut into batches of at most ``token_budget`` tokens, which stay
+    packed, without padding, from the tokenizer to the vectors. How the model's blocks run is its road, which ``repr``
+    names: blocks of our own on the model's weights, transformers' blocks with our attention, or, where neither fits or
+    an attention implementation was asked for, transformers' own forward on batches sorted by length and padded.
+
+    The vectors are those of sentence-transformers, with two differences: they are truncated first and normalised
+    after, so those of a model with a Normalize module have length 1 at every ``truncate_dim``; and no texts give shape
+    ``(0, D)``. A text without any token gives the zero vector.
+
+    Args:
+        model: a transformers model, put into evaluation mode.
+        tokenizer: its tokenizer.
+        spec: pooling, prompts and what follows, as `read_directory` gives it.
+        token_budget: most tokens in a batch, padding included on the road that pads; by default right for the device.
+        packed: False runs transformers' own forward, padded.
 
     Attributes:
         model: the transformers model.
@@ -48,10 +60,18 @@ class Embedder:
         prompts: stored prompts by name.
         default_prompt_name: the prompt that `encode` uses when told none.
         truncate_dim: the dimensions that `encode` keeps when told none; None keeps all.
-        token_budget: most padded tokens in a batch.
+        token_budget: most tokens in a batch.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, spec: DirectorySpec, token_budget: int | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        spec: DirectorySpec,
+        token_budget: int | None = None,
+        *,
+        packed: bool = True,
+    ) -> None:
         self.model: Any = model.eval()
         self.tokenizer = tokenizer
         self.prompts = dict(spec.prompts)
@@ -64,6 +84,7 @@ class Embedder:
         self._spec = spec
         self._texts = TextTokenizer(tokenizer, spec.max_seq_length)
         self._pooler = Pooler(spec).to(self.device).eval()
+        self._backbone = packed_backbone(self.model) if packed else None
         # a stored default that does not fit is refused now, not at the first text
         self._resolve_prompt(None, None)
         self._resolve_dim(None)
@@ -100,8 +121,9 @@ class Embedder:
             prompts: texts by name, put before the inputs.
             default_prompt_name: the prompt to use when `encode` is told none.
             truncate_dim: dimensions to keep when `encode` is told none.
-            attn_implementation: passed to transformers; by default its own choice.
-            token_budget: most padded tokens in a batch.
+            attn_implementation: runs transformers' own padded forward with this attention; by default the model takes
+                the fastest packed road that fits it.
+            token_budget: most tokens in a batch, padding included on the road that pads.
 
         Raises:
             FileNotFoundError: the directory, its weights or its tokenizer are missing.
@@ -122,7 +144,7 @@ class Embedder:
         tokenizer, limit = load_tokenizer(spec.transformer, model.config, spec.do_lower_case)
         if spec.max_seq_length is None:
             spec = replace(spec, max_seq_length=limit)
-        return cls(model, tokenizer, spec, token_budget)
+        return cls(model, tokenizer, spec, token_budget, packed=attn_implementation is None)
 
     @property
     def device(self) -> torch.device:
@@ -133,6 +155,14 @@ class Embedder:
     def dtype(self) -> torch.dtype:
         """The dtype of the transformer's weights."""
         return self.model.dtype
+
+    @property
+    def road(self) -> str:
+        """How the model's blocks run: see the class."""
+        if self._backbone is not None:
+            return self._backbone.road
+        attention = getattr(self.model.config, "_attn_implementation", None)
+        return f"transformers' own blocks, padded, {attention} attention"
 
     @property
     def max_seq_length(self) -> int | None:
@@ -222,18 +252,18 @@ class Embedder:
         """Move the model to a device; returns the embedder."""
         self.model.to(device)
         self._pooler.to(device)
+        if self._backbone is not None:
+            self._backbone.forget()
         return self
 
     def __repr__(self) -> str:
         spec = self._spec
         pooling = spec.pooling[0] if len(spec.pooling) == 1 else spec.pooling
         after = [type(head).__name__ for head in spec.heads] + ["Normalize"] * spec.normalize
-        attention = getattr(self.model.config, "_attn_implementation", None)
         return (
             f"Embedder({type(self.model).__name__}, pooling={pooling!r}, then=[{', '.join(after)}], "
             f"dimension={self.get_embedding_dimension()}, max_seq_length={self.max_seq_length}, device={self.device}, "
-            f"dtype={str(self.dtype).removeprefix('torch.')}, attention=transformers' {attention}, "
-            f"token_budget={self.token_budget})"
+            f"dtype={str(self.dtype).removeprefix('torch.')}, road={self.road!r}, token_budget={self.token_budget})"
         )
 
     @property
@@ -281,10 +311,10 @@ class Embedder:
             for start, end in windows(len(texts), _WINDOW):
                 # gathered on the model's device: one copy to the host a window, not one a batch
                 part = torch.zeros(end - start, recipe.width, dtype=recipe.dtype, device=self.device)
-                for batch in self._tokenize(texts[start:end], prompt).batches(self.token_budget, max_texts):
-                    rows = torch.from_numpy(batch.rows).to(self.device)
-                    part[rows] = self._pooler(self._forward(batch), batch, skip, recipe)
-                    bar.update(len(batch.rows))
+                for batch in self._batches(texts[start:end], prompt, max_texts):
+                    rows = batch.rows if isinstance(batch.rows, slice) else torch.from_numpy(batch.rows).to(self.device)
+                    part[rows] = self._vectors(batch, skip, recipe)
+                    bar.update(len(batch.lengths))
                 out[start:end] = part
         return out
 
@@ -292,20 +322,45 @@ class Embedder:
         out = [torch.zeros(0, self._hidden_size, dtype=self.dtype, device=self.device)] * len(texts)
         with torch.inference_mode(), progress_bar("Encoding", len(texts), "text", show, logger) as bar:
             for start, end in windows(len(texts), _WINDOW):
-                for batch in self._tokenize(texts[start:end], prompt).batches(self.token_budget, max_texts):
-                    tokens, lengths = packed_tokens(self._forward(batch), batch)
-                    for row, rows_of_text in zip(batch.rows, tokens.split(lengths.tolist()), strict=True):
+                for batch in self._batches(texts[start:end], prompt, max_texts):
+                    tokens = self._token_embeddings(batch).split(batch.lengths.tolist())
+                    rows = np.arange(end - start)[batch.rows]
+                    for row, rows_of_text in zip(rows, tokens, strict=True):
                         out[start + row] = rows_of_text.clone()  # a view would keep the whole batch alive
-                    bar.update(len(batch.rows))
+                    bar.update(len(batch.lengths))
         return out
 
-    def _tokenize(self, texts: list[str], prompt: str) -> TokenizedTexts:
-        return self._texts([prompt + text for text in texts] if prompt else texts)
+    def _batches(self, texts: list[str], prompt: str, max_texts: int | None) -> Iterator[Batch]:
+        """Batches of the texts that hold any token."""
+        tokenized = self._texts([prompt + text for text in texts] if prompt else texts)
+        cut = tokenized.batches_to_pad if self._backbone is None else tokenized.batches
+        return (batch for batch in cut(self.token_budget, max_texts) if batch.longest)
 
-    def _forward(self, batch: Batch) -> Tensor:
+    def _vectors(self, batch: Batch, skip: int, recipe: Recipe) -> Tensor:
+        rows = None
+        if self._backbone is not None and self._backbone.trims and not skip:
+            rows = self._pooler.rows_needed(batch.lengths)
+        if rows is None:
+            return self._pooler(self._token_embeddings(batch), batch.lengths, skip, recipe)
+        held = (batch.lengths > 0).astype(np.int64)
+        last_rows = torch.from_numpy(rows).to(self.device), _offsets(held, self.device)
+        return self._pooler(self._token_embeddings(batch, last_rows), held, 0, recipe)
+
+    def _token_embeddings(self, batch: Batch, last_rows: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Last hidden states of the batch, packed: ``[T, H]``, or of ``last_rows`` alone."""
+        if self._backbone is None:
+            padded, mask = batch.padded()
+            inputs = {name: tensor.to(self.device) for name, tensor in padded.items()}
+            mask = mask.to(self.device)
+            hidden = self.model(**inputs, attention_mask=mask.long(), return_dict=True).last_hidden_state
+            return pack_padded(hidden, mask, int(batch.lengths.sum()))
         inputs = {name: tensor.to(self.device) for name, tensor in batch.inputs.items()}
-        mask = torch.from_numpy(batch.real.astype(np.int64)).to(self.device)
-        return self.model(**inputs, attention_mask=mask, return_dict=True).last_hidden_state
+        ids, cu_seqlens = inputs.pop("input_ids"), _offsets(batch.lengths, self.device)
+        return self._backbone(ids, cu_seqlens, batch.longest, last_rows=last_rows, **inputs)
+
+
+def _offsets(lengths: np.ndarray, device: torch.device) -> Tensor:
+    return torch.from_numpy(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)).to(device)
 
 
 def _default_token_budget(device: torch.device) -> int:

@@ -1,4 +1,4 @@
-"""From the token embeddings of a padded batch to vectors or codes."""
+"""From packed token embeddings to vectors or codes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.hamming import pack_bits
-from ..ops.pooling import pack_padded, segment_pool, segment_pool_pack_bits
-from .batching import Batch
+from ..ops.pooling import segment_pool, segment_pool_pack_bits
 from .directory import POOLING_MODES, DirectorySpec
 from .heads import Dense
 
@@ -49,20 +48,39 @@ class Pooler(nn.Module):
             dim = head.out_features if isinstance(head, Dense) else dim
         return dim
 
-    def forward(self, hidden: Tensor, batch: Batch, skip: int, recipe: Recipe) -> Tensor:
-        """Pool ``hidden [b, s, H]`` without the first ``skip`` tokens of each text: ``[b, recipe.width]``."""
-        tokens, lengths = packed_tokens(hidden, batch, skip)
-        offsets = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
-        cu_seqlens = torch.from_numpy(offsets).to(hidden.device)
+    def rows_needed(self, lengths: np.ndarray) -> np.ndarray | None:
+        """Rows of packed texts of ``lengths`` that pooling reads, one for each text that has tokens.
+
+        None where it reads every row.
+        """
+        if self.modes not in (("first",), ("last",)):
+            return None
+        ends = np.cumsum(lengths)
+        rows = ends - 1 if self.modes == ("last",) else ends - lengths
+        return rows[lengths > 0]
+
+    def forward(self, hidden: Tensor, lengths: np.ndarray, skip: int, recipe: Recipe) -> Tensor:
+        """Pool ``hidden [T, H]``, texts of ``lengths [S]`` less the first ``skip`` tokens of each.
+
+        Returns ``[S, recipe.width]``; a text without tokens gives zeros.
+        """
+        has_tokens = lengths > 0
+        if skip:
+            kept = np.concatenate([np.arange(length) for length in lengths]) >= skip
+            hidden = hidden[torch.from_numpy(kept.nonzero()[0]).to(hidden.device)]
+            lengths = np.maximum(lengths - skip, 0)
+        cu_seqlens = torch.from_numpy(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)).to(hidden.device)
         if len(self.modes) == 1 and not len(self.heads):
-            return self._pool_at_once(tokens, cu_seqlens, lengths, skip, recipe)
+            return self._pool_at_once(hidden, cu_seqlens, lengths, skip, recipe)
         pooled = [
             segment_pool(
-                tokens, cu_seqlens, mode, weights=_weights(mode, lengths, skip, hidden.device), out_dtype=torch.float32
+                hidden, cu_seqlens, mode, weights=_weights(mode, lengths, skip, hidden.device), out_dtype=torch.float32
             )
             for mode in self.modes
         ]
         vectors = self.heads(torch.cat(pooled, dim=1))[:, : recipe.dim]
+        if not has_tokens.all():  # a head's bias is no vector of a text
+            vectors = vectors * torch.from_numpy(has_tokens).to(vectors.device)[:, None]
         if recipe.bits:
             return pack_bits(vectors)
         return nn.functional.normalize(vectors, dim=-1) if recipe.normalize else vectors
@@ -83,15 +101,6 @@ class Pooler(nn.Module):
             truncate_dim=recipe.dim,
             out_dtype=torch.float32,
         )
-
-
-def packed_tokens(hidden: Tensor, batch: Batch, skip: int = 0) -> tuple[Tensor, np.ndarray]:
-    """Real tokens of ``hidden [b, s, H]``, less the first ``skip`` of each text: ``[T, H]`` and lengths ``[b]``."""
-    if skip == 0 and not batch.is_padded:
-        return hidden.flatten(0, 1), batch.lengths
-    lengths = np.maximum(batch.lengths - skip, 0)
-    mask = torch.from_numpy(batch.real & (np.arange(batch.width) >= skip)).to(hidden.device)
-    return pack_padded(hidden, mask, int(lengths.sum())), lengths
 
 
 def _weights(mode: str, lengths: np.ndarray, skip: int, device: torch.device) -> Tensor | None:
