@@ -18,7 +18,7 @@ void prepare(const HeadRows& keys, const HeadRows& values, const Rotation& rotat
   prepare_floats<dtype, true>(keys, values, rotation, buffer, prepared);
 }
 
-// delta and lse of each lane; a query that saw no key, and lanes past the last, get weights of 0.
+// delta and lse of each lane; a query that saw no key, and lanes past the last, get weights and gradients of 0.
 template <Dtype dtype>
 inline void load_sums(const AttentionGradientTile& tile, int64_t stride) {
   AttentionScratch& scratch = *tile.scratch;
@@ -27,14 +27,18 @@ inline void load_sums(const AttentionGradientTile& tile, int64_t stride) {
     scratch.delta[i] = 0.0f;
   }
   for (int64_t i = 0; i < tile.queries.count; ++i) {
-    const float* const grad = scratch.grad_rows + i * stride;
+    float* const grad = scratch.grad_rows + i * stride;
+    if (tile.lse[i] == -kInfinity) {
+      __builtin_memset(grad, 0, 4 * stride);
+      continue;
+    }
     const void* const out = row_of<dtype>(tile.out, i);
     Floats sum = {};
     for_vectors(tile.out.dim, [&]<bool partial>(int64_t c, int64_t part) {
       sum = multiply_add(load_at<dtype, partial>(out, c, part), load_at<kFloat32, partial>(grad, c, part), sum);
     });
     scratch.delta[i] = sum_of(sum) - (tile.grad_lse == nullptr ? 0.0f : tile.grad_lse[i]);
-    if (tile.lse[i] != -kInfinity) scratch.lse[i] = tile.lse[i] * kLog2E;
+    scratch.lse[i] = tile.lse[i] * kLog2E;
   }
 }
 
@@ -157,8 +161,9 @@ void attend(const AttentionGradientTile& tile) {
   const PreparedKeys& keys = *tile.keys;
   const int64_t width = round_up(tile.queries.dim, kWidth), value_width = round_up(keys.value_dim, kWidth);
   load_tile<dtype, Math::floats>(tile.queries, tile.rotation, width, scratch.query_rows, scratch.query_columns);
-  load_tile<dtype, Math::floats>(tile.grad_out, Rotation{}, value_width, scratch.grad_rows, scratch.grad_columns);
+  load_rows<dtype, Math::floats>(tile.grad_out, Rotation{}, value_width, 1, scratch.grad_rows);
   load_sums<dtype>(tile, value_width);
+  columns_of(scratch.grad_rows, value_width, tile.grad_out.count, keys.value_dim, scratch.grad_columns);
   const Sight sight = sight_of(tile.queries, *tile.rule, tile.bias, scratch);
   bool begun = false;
   for (int64_t first = 0; first < keys.source.count; first += kKeyBlock) {
