@@ -5,8 +5,14 @@
 
 from __future__ import annotations
 
-from . import hamming, pooling
+from . import attention, embedder, hamming, pooling
 from .harness import Case
 
-FAMILIES: dict[str, dict[str, list[Case]]] = {"hamming": hamming.BENCHMARKS, "pooling": pooling.BENCHMARKS}
-BENCHMARKS: dict[str, list[Case]] = {op: cases for family in FAMILIES.values() for op, cases in family.items()}
+OPERATORS: dict[str, dict[str, list[Case]]] = {
+    "attention": attention.BENCHMARKS,
+    "hamming": hamming.BENCHMARKS,
+    "pooling": pooling.BENCHMARKS,
+}
+BENCHMARKS: dict[str, list[Case]] = {op: cases for family in OPERATORS.values() for op, cases in family.items()}
+#: and whole embedders, which are no operator
+FAMILIES: dict[str, dict[str, list[Case]]] = {**OPERATORS, "embedder": embedder.BENCHMARKS}

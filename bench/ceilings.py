@@ -64,6 +64,19 @@ def gemm(room: Room, bits: int) -> Contender:
     return _once(f"gemm{bits}", room, make)
 
 
+def matmul(room: Room, dtype: torch.dtype) -> Contender:
+    """A product of square matrices that fills the machine: what attention would reach if it were nothing else."""
+    kind, size = str(dtype).removeprefix("torch."), 1024
+
+    def make() -> Contender:
+        a, b = (torch.randn(size, size, device=room.device).to(dtype) for _ in range(2))
+        out = torch.empty_like(a)
+        work = Work(0, 2 * size**3, f"{kind} operations")
+        return Contender(f"{kind} matrix product", lambda turn: torch.mm(a, b, out=out), role="ceiling", work=work)
+
+    return _once(f"matmul{kind}", room, make)
+
+
 def _once(name: str, room: Room, make: object) -> Contender:
     key = (name, room.device)
     if key not in _made:

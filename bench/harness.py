@@ -101,6 +101,7 @@ class Case:
     targets: Mapping[str, float] = field(default_factory=dict)
     quick: bool = False
     levels: bool = False
+    tiles: bool = False  # whether the level with the tile unit ("amx") is another than the one below
 
 
 @dataclass(frozen=True)

@@ -53,8 +53,9 @@ class Workers:
             process.wait()
 
     def contenders(self, case: Case) -> list[Contender]:
-        """One for each level, lowest first."""
-        return [LevelContender(level, case, self._asker(level)) for level in self._levels]
+        """One for each level that the case's loops are compiled for, lowest first."""
+        levels = [level for level in self._levels if level != "amx" or case.tiles]
+        return [LevelContender(level, case, self._asker(level)) for level in levels]
 
     def _asker(self, level: str) -> Callable[..., Any]:
         def ask(**message: Any) -> Any:

@@ -117,7 +117,7 @@ def rates(results: Mapping[str, Any], path: Path) -> None:
             _rate_row(axis, row, case, "gigabytes_per_second" if by_bytes else "giga_operations_per_second")
         axis.plot([], [], "s", color=_OURS_COLOUR, label="embedding-kernels")
         axis.plot([], [], "|", color="black", markersize=10, label="peers")
-        ceiling = "memory bandwidth" if by_bytes else "bfloat16 matrix product"
+        ceiling = "memory bandwidth" if by_bytes else "matrix product"
         axis.plot([], [], "|", color="crimson", markersize=10, markeredgewidth=2, label=ceiling)
         _label_rows(axis, cases)
         axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)

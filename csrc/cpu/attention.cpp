@@ -2,6 +2,7 @@
 #include "attention.h"
 
 #include <cmath>
+#include <cstdio>
 
 #include "../checks.h"
 #include "../kernels.h"
@@ -163,7 +164,11 @@ Attention checked_attention(const char* op, AttentionTensors& t, std::optional<d
   check_offset_tensors(op, t);
   check_at_least(op, "window_left", window_left, -1);
   check_at_least(op, "window_right", window_right, -1);
-  if (!(softcap >= 0)) refuse(op, "softcap", "at least 0", std::to_string(softcap));
+  if (!(softcap >= 0 && std::isfinite(softcap))) {
+    char text[32];
+    std::snprintf(text, sizeof(text), "%g", softcap);
+    refuse(op, "softcap", "a finite number of at least 0", text);
+  }
   if (t.bias_table) check_bias(op, *t.bias_table, t.q);
   check_rope(op, t);
   check_devices(op, t);

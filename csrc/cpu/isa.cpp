@@ -14,9 +14,10 @@ namespace {
 
 constexpr Isa kLevels[] = {Isa::amx, Isa::avx512, Isa::avx2, Isa::portable};
 
+#if defined(__x86_64__)
 // Linux lets a process use the tile unit's state only once it has asked.
 bool tiles_available() {
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__linux__)
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   static const bool permitted = __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
                                 syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
@@ -25,6 +26,7 @@ bool tiles_available() {
   return false;
 #endif
 }
+#endif
 
 Isa choose() {
   const char* forced = std::getenv("EMBEDDING_KERNELS_ISA");

@@ -101,7 +101,7 @@ py::tuple topk(const Bytes& queries, const Bytes& codes, int64_t k, const std::o
 
 py::list isa_levels() {
   py::list levels;
-  for (Isa level : {Isa::portable, Isa::avx2, Isa::avx512}) {
+  for (Isa level : {Isa::portable, Isa::avx2, Isa::avx512, Isa::amx}) {
     if (isa_available(level)) levels.append(isa_name(level));
   }
   return levels;

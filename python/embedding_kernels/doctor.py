@@ -9,7 +9,7 @@ from importlib import metadata
 Section = tuple[str, list[tuple[str, str]]]
 
 _VARIABLES = {
-    "EMBEDDING_KERNELS_ISA": "portable, avx2 or avx512 for the CPU kernels; read once at load",
+    "EMBEDDING_KERNELS_ISA": "portable, avx2, avx512 or amx for the CPU kernels; read once at load",
     "EMBEDDING_KERNELS_BACKEND": "reference, cpu, triton or cuda for every public function",
     "EMBEDDING_KERNELS_CHECK": "1: values of offsets and masks are checked on CUDA too, at the cost of a sync",
 }

@@ -15,12 +15,18 @@ from embedding_kernels import _library
 
 ROOT = Path(__file__).parents[2]
 LOOPS = sorted(path.stem for path in (ROOT / "csrc" / "cpu").glob("*_loops.cpp"))
-LEVELS = ("portable", "avx2", "avx512")
+LEVELS = ("portable", "avx2", "avx512", "amx")
 
-# an instruction that the level's loops must hold, and registers that only it may use
-MARKS = {"hamming_loops": {"avx2": r"vpshufb.*ymm", "avx512": r"vpopcntq.*zmm"}}
-MARKS["pooling_loops"] = {"avx2": r"vcvtph2ps.*ymm", "avx512": r"vcvtph2ps.*zmm"}
-FORBIDDEN = {"portable": r"%[yz]mm", "avx2": r"%zmm", "avx512": r"(?!)"}
+# instructions that the level's loops must hold, and registers that only a higher one may use
+MARKS = {
+    "attention_loops": {"avx2": ("vfmadd.*ymm",), "avx512": ("vfmadd.*zmm", "vdpbf16ps.*zmm"), "amx": ("tdpbf16ps",)},
+    "attention_backward_loops": {"avx2": ("vfmadd.*ymm",), "avx512": ("vfmadd.*zmm",), "amx": ("vfmadd.*zmm",)},
+    "hamming_loops": {"avx2": ("vpshufb.*ymm",), "avx512": ("vpopcntq.*zmm",)},
+    "pooling_loops": {"avx2": ("vcvtph2ps.*ymm",), "avx512": ("vcvtph2ps.*zmm",)},
+}
+FORBIDDEN = {"portable": r"%[yzt]mm", "avx2": r"%[zt]mm", "avx512": r"%tmm", "amx": r"(?!)"}
+# only attention has products for tiles
+OBJECTS = [(level, name) for name in LOOPS for level in LEVELS if level != "amx" or "amx" in MARKS.get(name, ())]
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("objdump") is None, reason="binutils are not installed"),
@@ -55,8 +61,7 @@ def test_every_loops_file_has_its_marks():
     assert set(MARKS) == set(LOOPS)
 
 
-@pytest.mark.parametrize("name", LOOPS)
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(("level", "name"), OBJECTS)
 def test_loops_hold_no_weak_or_foreign_symbols(name, level):
     """A weak function compiled with AVX-512 could be the copy that the linker gives to everybody."""
     listing = symbols(loops_object(level, name))
@@ -66,13 +71,12 @@ def test_loops_hold_no_weak_or_foreign_symbols(name, level):
     assert undefined <= {"memcpy", "memset", "memmove", "__popcountdi2", "_GLOBAL_OFFSET_TABLE_", "__stack_chk_fail"}
 
 
-@pytest.mark.parametrize("name", LOOPS)
-@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(("level", "name"), OBJECTS)
 def test_instructions_are_where_they_belong(name, level):
     text = disassembly(loops_object(level, name))
     assert not re.search(FORBIDDEN[level], text)
-    if level in MARKS[name]:
-        assert re.search(MARKS[name][level], text)
+    for mark in MARKS[name].get(level, ()):
+        assert re.search(mark, text), mark
 
 
 def test_other_objects_hold_no_vector_instructions():

@@ -38,4 +38,4 @@ def test_forcing(level):
 def test_unknown_level():
     script = "import torch, embedding_kernels as ek; ek.pack_bits(torch.ones(1, 8))"
     last = run("sse9", "-c", script).stderr.splitlines()[-1]
-    assert last == "ValueError: EMBEDDING_KERNELS_ISA must be portable, avx2 or avx512, got sse9"
+    assert last == "ValueError: EMBEDDING_KERNELS_ISA must be portable, avx2, avx512 or amx, got sse9"

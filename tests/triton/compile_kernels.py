@@ -50,6 +50,51 @@ def _codes(rows: int, width: int) -> Tensor:
     return torch.zeros(rows, width, dtype=torch.uint8)
 
 
+def _attention_options(sequences: int, max_seqlen: int, heads: int, **given: Any) -> list[Any]:
+    """All that follows q, k and v; those that are not given have their defaults."""
+    offsets = torch.zeros(sequences + 1, dtype=torch.int32)
+    options: dict[str, Any] = {
+        **{"cu_seqlens_q": offsets, "cu_seqlens_k": offsets, "max_seqlen_q": max_seqlen, "max_seqlen_k": max_seqlen},
+        **{"scale": None, "causal": False, "window_left": -1, "window_right": -1, "softcap": 0.0, "bias_table": None},
+        **{"rope_cos": None, "rope_sin": None, "positions_q": None, "positions_k": None, "seqused_k": None},
+    }
+    if given.pop("table", False):
+        options["bias_table"] = torch.empty(heads, 183)
+    return list({**options, **given}.values())
+
+
+def _attention_passes(
+    kernels: Any, dtype: torch.dtype, dim: int, heads: int, key_heads: int, options: list[Any]
+) -> Iterator[Any]:
+    q, (k, v) = torch.empty(4096, heads, dim, dtype=dtype), torch.empty(2, 4096, key_heads, dim, dtype=dtype)
+    out, lse = kernels.varlen_attention_triton(q, k, v, *options)
+    yield kernels.varlen_attention_backward_triton(out, None, out, lse, q, k, v, *options)
+
+
+def _attention_calls(kernels: Any) -> Iterator[Any]:
+    for dtype in FLOATS:
+        yield from _attention_passes(kernels, dtype, 64, 12, 12, _attention_options(32, 512, 12))
+        rows, lse = torch.empty(512, 12, 64, dtype=dtype), torch.empty(12, 512)
+        yield kernels.merge_attention_triton(rows, lse, rows, lse)
+        yield kernels.merge_attention_backward_triton(rows, lse, rows, lse, rows, lse)
+    for dtype in (torch.bfloat16, torch.float32):
+        yield from _attention_passes(kernels, dtype, 64, 12, 12, _attention_options(32, 512, 12, table=True))
+    positions, angles = torch.zeros(4096, dtype=torch.int32), torch.empty(512, 24)
+    everything = {
+        **{"causal": True, "window_left": 100, "softcap": 50.0, "table": True, "rope_cos": angles, "rope_sin": angles},
+        **{"positions_q": positions, "positions_k": positions, "seqused_k": positions[:32]},
+    }
+    for dim in (64, 128):
+        yield from _attention_passes(kernels, torch.bfloat16, dim, 16, 4, _attention_options(32, 512, 16, **everything))
+    for dim in (80, 256):
+        yield from _attention_passes(kernels, torch.bfloat16, dim, 4, 1, _attention_options(32, 512, 4, causal=True))
+    q, k = torch.empty(2, 4096, 12, 64, dtype=torch.bfloat16)
+    short, cross = _attention_options(200, 40, 12), _attention_options(200, 1, 12)
+    cross[3] = 512
+    for options in (short, cross):
+        yield kernels.varlen_attention_triton(q, k, k, *options)
+
+
 def _hamming_calls(kernels: Any) -> Iterator[Any]:
     for dtype in FLOATS:
         yield kernels.pack_bits_triton(torch.empty(512, 384, dtype=dtype))
@@ -99,7 +144,11 @@ def _backward(
     )
 
 
-CALLS: dict[str, Callable[[Any], Iterator[Any]]] = {"hamming": _hamming_calls, "pooling": _pooling_calls}
+CALLS: dict[str, Callable[[Any], Iterator[Any]]] = {
+    "attention": _attention_calls,
+    "hamming": _hamming_calls,
+    "pooling": _pooling_calls,
+}
 
 # ---- recording ----
 

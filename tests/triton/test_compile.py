@@ -16,6 +16,9 @@ import pytest
 
 #: most registers a thread may take: past 128, four warps a block leave half of the processor's threads unused
 REGISTERS = {"pack_padded_kernel": 168, "unpack_padded_kernel": 144}
+#: products hold their tiles in registers
+REGISTERS |= dict.fromkeys(("attention_kernel", "query_gradient_kernel", "key_gradient_kernel"), 255)
+REGISTERS |= {"bias_gradient_kernel": 255, "rotate_kernel": 144}
 MOST_REGISTERS = 128
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 
@@ -81,6 +84,21 @@ def test_scans_of_codes_use_popc():
     scans = [kernel for kernel in _compiled()[1] if "CODES" in kernel["constants"] and kernel["opcodes"]]
     assert {kernel["kernel"] for kernel in scans} == {"_distance_kernel", "_histogram_kernel", "_select_kernel"}
     assert [k["variant"] for k in scans if "POPC" not in k["opcodes"] or k["leftover_popcount"]] == []
+
+
+def test_attention_uses_tensor_cores():
+    """sm_90's own instructions forward, where a tile has the 64 rows that they need."""
+
+    def lacking(kernel: dict[str, Any]) -> bool:
+        wanted = (
+            "HGMMA" if kernel["kernel"] == "attention_kernel" and kernel["constants"]["BLOCK_Q"] >= 64 else "H.*MMA"
+        )
+        return not any(re.match(wanted, code) for code in kernel["opcodes"])
+
+    narrow = [k for k in _compiled()[1] if "VALUE_DIM" in k["constants"] and re.search("bf16|fp16", k["variant"])]
+    products = [k for k in narrow if k["opcodes"] and k["kernel"] != "row_products_kernel"]
+    assert len({kernel["kernel"] for kernel in products}) == 4
+    assert [f"{k['kernel']} {k['variant']}" for k in products if lacking(k)] == []
 
 
 def test_wide_loads():

@@ -23,15 +23,16 @@ from .precision import BIT_PRECISIONS, PRECISIONS, bits_to_precision, quantize
 
 logger = logging.getLogger(__name__)
 
-_WINDOW = 32_768  # texts tokenised and sorted together
+_WINDOW = 32_768  # texts tokenised together, and sorted where they are padded
 # sentence-transformers' arguments for several processes, which wrappers pass along unset
 _UNUSED_OPTIONS = ("pool", "chunk_size")
 _OUTPUT_VALUES = ("sentence_embedding", "token_embeddings")
 
-# tokens in a batch. On a CPU the activations should stay in its caches: all-MiniLM-L6-v2 in float32 on two cores
-# runs at 256, 300, 315, 305, 263 and 211 texts/s with 256, 512, 1024, 2048, 4096 and 8192
+# a batch on a CPU: more than some 500 tokens a thread only lessen fixed costs, and a block of 32 MiB or more (glibc's
+# limit) is mapped and zeroed anew at each allocation, so the widest activation stays below that
+_CPU_ACTIVATION_BYTES = 24 * 2**20
 _CPU_TOKENS_PER_THREAD = 512
-_CPU_TOKENS = (1024, 16_384)
+_CPU_MOST_TOKENS = 16_384
 _GPU_TOKENS = 32_768
 
 
@@ -77,7 +78,7 @@ class Embedder:
         self.prompts = dict(spec.prompts)
         self.default_prompt_name = spec.default_prompt_name
         self.truncate_dim = spec.truncate_dim
-        self.token_budget = _default_token_budget(self.device) if token_budget is None else token_budget
+        self.token_budget = _default_token_budget(self.model) if token_budget is None else token_budget
         for name, value in (("token_budget", self.token_budget), ("max_seq_length", spec.max_seq_length)):
             if value is not None and value < 1:
                 raise ValueError(f"Embedder: {name} must be at least 1, got {value}")
@@ -363,11 +364,13 @@ def _offsets(lengths: np.ndarray, device: torch.device) -> Tensor:
     return torch.from_numpy(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)).to(device)
 
 
-def _default_token_budget(device: torch.device) -> int:
-    if device.type != "cpu":
+def _default_token_budget(model: Any) -> int:
+    if model.device.type != "cpu":
         return _GPU_TOKENS
-    low, high = _CPU_TOKENS
-    return min(max(low, _CPU_TOKENS_PER_THREAD * torch.get_num_threads()), high)
+    config = model.config.get_text_config()
+    width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    by_memory = _CPU_ACTIVATION_BYTES // (width * model.dtype.itemsize)
+    return min(max(by_memory, _CPU_TOKENS_PER_THREAD * torch.get_num_threads()), _CPU_MOST_TOKENS)
 
 
 def _check_options(batch_size: Any, output_value: Any, precision: Any, device: Any, unknown: dict[str, Any]) -> None:

@@ -30,7 +30,7 @@ _LEAST_HEAD_DIM, _MOST_HEAD_DIM, _HEAD_DIM_STEP = 16, 256, 8
 def varlen_attention(*args: Any, return_lse: Literal[True], **kwargs: Any) -> tuple[Tensor, Tensor]: ...
 @overload
 def varlen_attention(*args: Any, return_lse: Literal[False] = False, **kwargs: Any) -> Tensor: ...
-def varlen_attention(
+def varlen_attention(  # type: ignore[misc]  # the overloads differ in return_lse alone
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -250,8 +250,8 @@ def _check_attention(
     check_size(op, "cu_seqlens_k", cu_seqlens_k, 0, cu_seqlens_q.shape[0], "as cu_seqlens_q")
     check_range(op, "window_left", window_left, -1)
     check_range(op, "window_right", window_right, -1)
-    if not softcap >= 0:
-        refuse(op, "softcap", "at least 0", str(float(softcap)))
+    if not 0 <= softcap < float("inf"):
+        refuse(op, "softcap", "a finite number of at least 0", f"{softcap:g}")
     if bias_table is not None:
         check_tensor(op, "bias_table", bias_table, "a float32 tensor [Hq, 2R + 1]", (torch.float32,), 2)
         check_size(op, "bias_table", bias_table, 0, q.shape[1], "the heads of q")
