@@ -129,8 +129,8 @@ inline bool worth_threads(const Attention& attention) {
   return products * attention.q.heads * (attention.q.dim + attention.v.dim) >= kSerialProducts;
 }
 
-// Runs worker(for_parts) on each thread; its for_parts(work) calls work(part, next part or null) for one part after the
-// other, the next few whenever it is free.
+// Runs worker(for_parts) on each thread; its for_parts(work) calls work(part) for one part after the other, the
+// next few whenever it is free.
 template <class Worker, class ParallelFor>
 void share_out(const std::vector<AttentionPart>& parts, int64_t threads, const ParallelFor& parallel_for,
                const Worker& worker) {
@@ -140,9 +140,7 @@ void share_out(const std::vector<AttentionPart>& parts, int64_t threads, const P
   parallel_for(std::min(threads, count), [&](int64_t) {
     worker([&](const auto& work) {
       for (int64_t first; (first = next.fetch_add(grain)) < count;) {
-        for (int64_t i = first; i < std::min(first + grain, count); ++i) {
-          work(parts[i], i + 1 < count ? &parts[i + 1] : nullptr);
-        }
+        for (int64_t i = first; i < std::min(first + grain, count); ++i) work(parts[i]);
       }
     });
   });
@@ -168,27 +166,29 @@ inline int64_t most_keys(const Attention& attention) {
   return most;
 }
 
-// Brings the rows of a short sequence near before they are needed: those of one head lie far apart.
-inline void prefetch(const Attention& attention, const Heads& heads, int64_t first_head, int64_t count,
-                     const int32_t* offsets, int64_t sequence) {
+// Brings the rows of the next short sequence near while this one is worked on, a share of them with each head: rows are
+// whole there, where one head's would be scattered.
+inline void prefetch_share(const Attention& attention, const Heads& heads, const int32_t* offsets, int64_t sequence,
+                           int64_t share, int64_t shares) {
   constexpr int64_t kMostRows = 64, kLine = 64;
-  const int64_t bytes = dtype_bytes(attention.dtype);
-  const int64_t end = std::min<int64_t>(offsets[sequence] + kMostRows, offsets[sequence + 1]);
-  for (int64_t t = offsets[sequence]; t < end; ++t) {
-    const auto* row =
-        static_cast<const char*>(heads.data) + (t * heads.row_stride + first_head * heads.head_stride) * bytes;
-    for (int64_t h = 0; h < count; ++h, row += heads.head_stride * bytes) {
-      for (int64_t byte = 0; byte < heads.dim * bytes; byte += kLine) __builtin_prefetch(row + byte, 0, 2);
+  const int64_t item = dtype_bytes(attention.dtype), first = offsets[sequence], count = offsets[sequence + 1] - first;
+  if (count > kMostRows) return;
+  const bool whole = heads.head_stride == heads.dim;
+  const int64_t bytes = item * heads.dim * (whole ? heads.heads : 1);
+  for (int64_t t = first + count * share / shares; t < first + count * (share + 1) / shares; ++t) {
+    for (int64_t h = 0; h < (whole ? 1 : heads.heads); ++h) {
+      const auto* row = static_cast<const char*>(heads.data) + (t * heads.row_stride + h * heads.head_stride) * item;
+      for (int64_t byte = 0; byte < bytes; byte += kLine) __builtin_prefetch(row + byte, 0, 2);
     }
   }
 }
 
-inline void prefetch(const Attention& attention, const AttentionPart* part) {
-  if (part == nullptr) return;
-  const int64_t group = attention.group();
-  prefetch(attention, attention.k, part->head, 1, attention.offsets_k, part->sequence);
-  prefetch(attention, attention.v, part->head, 1, attention.offsets_k, part->sequence);
-  prefetch(attention, attention.q, part->head * group, group, attention.offsets_q, part->sequence);
+inline void prefetch_next(const Attention& attention, const AttentionPart& part) {
+  if (part.sequence + 1 == attention.sequences) return;
+  const int64_t next = part.sequence + 1, shares = attention.k.heads;
+  prefetch_share(attention, attention.q, attention.offsets_q, next, part.head, shares);
+  prefetch_share(attention, attention.k, attention.offsets_k, next, part.head, shares);
+  prefetch_share(attention, attention.v, attention.offsets_k, next, part.head, shares);
 }
 
 // ---- forward ----
@@ -225,8 +225,8 @@ void attention_forward(const AttentionLoops& loops, const Attention& attention, 
     const auto scratch = std::make_unique_for_overwrite<AttentionScratch>();
     const WorkMemory memory(bytes);
     loops.enter();
-    for_parts([&](const AttentionPart& part, const AttentionPart* next) {
-      prefetch(attention, next);
+    for_parts([&](const AttentionPart& part) {
+      prefetch_next(attention, part);
       const int64_t s = part.sequence, start = attention.offsets_k[s], count = attention.keys(s);
       PreparedKeys keys;
       loops.prepare[attention.dtype](tables.rows(attention.k, part.head, start, attention.positions_k, 0, count),
@@ -330,11 +330,11 @@ void attention_backward(const AttentionBackwardLoops& loops, const Attention& at
   share_out(parts, threads, parallel_for, [&](const auto& for_parts) {
     const auto scratch = std::make_unique_for_overwrite<AttentionScratch>();
     const WorkMemory memory(bytes), sums_memory(4 * most * (shape.key_stride + shape.value_stride));
-    for_parts([&](const AttentionPart& part, const AttentionPart* next) {
-      prefetch(attention, next);
-      if (next != nullptr) {
+    for_parts([&](const AttentionPart& part) {
+      prefetch_next(attention, part);
+      if (part.sequence + 1 < attention.sequences) {
         for (const Heads* heads : {&gradient.out, &gradient.grad_out}) {
-          prefetch(attention, *heads, next->head * group, group, attention.offsets_q, next->sequence);
+          prefetch_share(attention, *heads, attention.offsets_q, part.sequence + 1, part.head, attention.k.heads);
         }
       }
       const int64_t s = part.sequence, start = attention.offsets_k[s], count = attention.keys(s);
