@@ -107,6 +107,7 @@ def _case(title: str, count: int, joined: int, dtype: torch.dtype, quick: bool =
         (*_PEERS, *([_ONNX] if dtype == torch.float32 else [])),
         partial(_build, count, joined, dtype),
         Work(0, 0, _unit(dtype)),
+        dict.fromkeys(_PEERS, 1.6) | {_ONNX: 1.3},
         quick=quick,
     )
 

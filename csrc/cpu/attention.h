@@ -42,6 +42,16 @@ struct ScoreRule {
   int64_t reach;        // of the bias table
 };
 
+// Memory that will be read soon: rows to bring near while there is work to do on others.
+struct Ahead {
+  struct Rows {
+    const char* data;
+    int64_t stride, bytes, count;
+  };
+  Rows rows[5];
+  int64_t lists, list, row, byte;
+};
+
 // What a thread works in; contents last for one tile.
 struct alignas(64) AttentionScratch {
   float scores[kMostKeys * kQueryTile];
@@ -55,6 +65,7 @@ struct alignas(64) AttentionScratch {
   float diagonals[16 * (kMostKeys + 2 * kQueryTile)];
   int32_t first_seen[kQueryTile], last_seen[kQueryTile];  // positions that a query sees
   float lse[kQueryTile], delta[kQueryTile];
+  Ahead ahead;
 };
 
 // Keys and values as `prepare` lays them out.

@@ -116,14 +116,14 @@ inline void block_backward(const AttentionGradientTile& tile, const Sight& sight
   const int32_t* positions = keys.source.positions + first;
   const float* key_rows = static_cast<const float*>(keys.keys) + first * keys.key_stride;
   const float* value_rows = static_cast<const float*>(keys.values) + first * keys.value_stride;
-  multiply<Math::floats, false, false>(
-      {key_rows, keys.key_stride, scratch.query_columns, kQueryTile, scratch.scores, kQueryTile, count, dim, lanes});
+  multiply<Math::floats, false, false>({key_rows, keys.key_stride, scratch.query_columns, kQueryTile, scratch.scores,
+                                        kQueryTile, count, dim, lanes, &scratch.ahead});
   for_lanes(queries, [&]<int vectors>(int64_t lane) {
     Floats best[vectors];
     form_scores<vectors>(sight, mask, positions, count, lane, scratch.scores, scratch.slopes, best);
   });
   multiply<Math::floats, false, false>({value_rows, keys.value_stride, scratch.grad_columns, kQueryTile,
-                                        scratch.weights, kQueryTile, count, keys.value_dim, lanes});
+                                        scratch.weights, kQueryTile, count, keys.value_dim, lanes, &scratch.ahead});
   weights_and_gradients(count, lanes, scratch);
   if (tile.grad_bias != nullptr) add_bias_gradient(tile, positions, count, lanes);
   if (tile.rule->softcap > 0) multiply_slopes(count, lanes, scratch);
@@ -131,11 +131,11 @@ inline void block_backward(const AttentionGradientTile& tile, const Sight& sight
   const int64_t value_stride = gradient_stride(keys.value_dim), stride = gradient_stride(dim);
   multiply<Math::floats, false, true>({scratch.scores, kQueryTile, scratch.grad_rows, value_width,
                                        tile.grad_values + first * value_stride, value_stride, count, queries,
-                                       value_width});
+                                       value_width, &scratch.ahead});
   multiply<Math::floats, false, true>({scratch.weights, kQueryTile, scratch.query_rows, width,
-                                       tile.grad_keys + first * stride, stride, count, queries, width});
-  const Product to_queries = {scratch.weights, kQueryTile, key_rows, keys.key_stride, scratch.out, width,
-                              queries,         count,      width};
+                                       tile.grad_keys + first * stride, stride, count, queries, width, &scratch.ahead});
+  const Product to_queries = {scratch.weights, kQueryTile, key_rows, keys.key_stride, scratch.out,
+                              width,           queries,    count,    width,           &scratch.ahead};
   begun ? multiply<Math::floats, true, true>(to_queries) : multiply<Math::floats, true, false>(to_queries);
 }
 

@@ -166,29 +166,25 @@ inline int64_t most_keys(const Attention& attention) {
   return most;
 }
 
-// Brings the rows of the next short sequence near while this one is worked on, a share of them with each head: rows are
-// whole there, where one head's would be scattered.
-inline void prefetch_share(const Attention& attention, const Heads& heads, const int32_t* offsets, int64_t sequence,
-                           int64_t share, int64_t shares) {
-  constexpr int64_t kMostRows = 64, kLine = 64;
+// The rows of the next short sequence are brought near while this one is worked on, a share of them with each head:
+// rows are whole there, where one head's would be scattered.
+inline void look_ahead(const Attention& attention, const Heads& heads, const int32_t* offsets, int64_t sequence,
+                       int64_t share, int64_t shares, Ahead* ahead) {
+  constexpr int64_t kMostRows = 64;
   const int64_t item = dtype_bytes(attention.dtype), first = offsets[sequence], count = offsets[sequence + 1] - first;
-  if (count > kMostRows) return;
-  const bool whole = heads.head_stride == heads.dim;
-  const int64_t bytes = item * heads.dim * (whole ? heads.heads : 1);
-  for (int64_t t = first + count * share / shares; t < first + count * (share + 1) / shares; ++t) {
-    for (int64_t h = 0; h < (whole ? 1 : heads.heads); ++h) {
-      const auto* row = static_cast<const char*>(heads.data) + (t * heads.row_stride + h * heads.head_stride) * item;
-      for (int64_t byte = 0; byte < bytes; byte += kLine) __builtin_prefetch(row + byte, 0, 2);
-    }
-  }
+  const int64_t begin = first + count * share / shares, end = first + count * (share + 1) / shares;
+  if (count > kMostRows || begin == end || heads.head_stride != heads.dim) return;
+  ahead->rows[ahead->lists++] = {static_cast<const char*>(heads.data) + begin * heads.row_stride * item,
+                                 heads.row_stride * item, heads.heads * heads.dim * item, end - begin};
 }
 
-inline void prefetch_next(const Attention& attention, const AttentionPart& part) {
+inline void look_ahead(const Attention& attention, const AttentionPart& part, Ahead* ahead) {
+  ahead->lists = ahead->list = ahead->row = ahead->byte = 0;
   if (part.sequence + 1 == attention.sequences) return;
   const int64_t next = part.sequence + 1, shares = attention.k.heads;
-  prefetch_share(attention, attention.q, attention.offsets_q, next, part.head, shares);
-  prefetch_share(attention, attention.k, attention.offsets_k, next, part.head, shares);
-  prefetch_share(attention, attention.v, attention.offsets_k, next, part.head, shares);
+  look_ahead(attention, attention.q, attention.offsets_q, next, part.head, shares, ahead);
+  look_ahead(attention, attention.k, attention.offsets_k, next, part.head, shares, ahead);
+  look_ahead(attention, attention.v, attention.offsets_k, next, part.head, shares, ahead);
 }
 
 // ---- forward ----
@@ -226,7 +222,7 @@ void attention_forward(const AttentionLoops& loops, const Attention& attention, 
     const WorkMemory memory(bytes);
     loops.enter();
     for_parts([&](const AttentionPart& part) {
-      prefetch_next(attention, part);
+      look_ahead(attention, part, &scratch->ahead);
       const int64_t s = part.sequence, start = attention.offsets_k[s], count = attention.keys(s);
       PreparedKeys keys;
       loops.prepare[attention.dtype](tables.rows(attention.k, part.head, start, attention.positions_k, 0, count),
@@ -331,10 +327,11 @@ void attention_backward(const AttentionBackwardLoops& loops, const Attention& at
     const auto scratch = std::make_unique_for_overwrite<AttentionScratch>();
     const WorkMemory memory(bytes), sums_memory(4 * most * (shape.key_stride + shape.value_stride));
     for_parts([&](const AttentionPart& part) {
-      prefetch_next(attention, part);
+      look_ahead(attention, part, &scratch->ahead);
       if (part.sequence + 1 < attention.sequences) {
         for (const Heads* heads : {&gradient.out, &gradient.grad_out}) {
-          prefetch_share(attention, *heads, attention.offsets_q, part.sequence + 1, part.head, attention.k.heads);
+          look_ahead(attention, *heads, attention.offsets_q, part.sequence + 1, part.head, attention.k.heads,
+                     &scratch->ahead);
         }
       }
       const int64_t s = part.sequence, start = attention.offsets_k[s], count = attention.keys(s);

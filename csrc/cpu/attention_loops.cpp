@@ -183,10 +183,10 @@ inline void add_values(const PreparedKeys& keys, int64_t first, int64_t count, i
   Product product;
   if constexpr (math == Math::floats) {
     product = {scratch.scores, kQueryTile, values + first * keys.value_stride, keys.value_stride, scratch.out, stride,
-               queries,        count,      round_up(keys.value_dim, kWidth)};
+               queries,        count,      round_up(keys.value_dim, kWidth),   &scratch.ahead};
   } else {
-    product = {values + first / 2, keys.value_stride, scratch.weights,          kQueryTile, scratch.out, stride,
-               keys.value_dim,     (count + 1) / 2,   round_up(queries, kWidth)};
+    product = {values + first / 2, keys.value_stride, scratch.weights,           kQueryTile,    scratch.out, stride,
+               keys.value_dim,     (count + 1) / 2,   round_up(queries, kWidth), &scratch.ahead};
   }
   constexpr bool transposed = math == Math::floats;
   accumulate ? multiply<math, transposed, true>(product) : multiply<math, transposed, false>(product);
@@ -262,9 +262,11 @@ void attend(const AttentionTile& tile) {
     const Seen part = seen(sight, positions, count, keys.source.consecutive);
     if (part == Seen::none) continue;
     const auto* rows = static_cast<const float*>(keys.keys) + first * keys.key_stride;
-    multiply<math, false, false>(
-        {rows, keys.key_stride, scratch.query_columns, kQueryTile, scratch.scores, kQueryTile, count, depth, lanes});
+    multiply<math, false, false>({rows, keys.key_stride, scratch.query_columns, kQueryTile, scratch.scores, kQueryTile,
+                                  count, depth, lanes, &scratch.ahead});
+    bring_near(&scratch.ahead, kLinesAtOnce);
     const bool moved = take_block<math>(sight, part == Seen::some, positions, count, running, scratch);
+    bring_near(&scratch.ahead, kLinesAtOnce);
     if (begun && moved) rescale_output<math>(running, queries.count, keys.value_dim, scratch.out);
     add_values<math>(keys, first, count, queries.count, begun, scratch);
     begun = true;

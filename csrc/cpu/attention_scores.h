@@ -105,13 +105,14 @@ inline void form_scores(const Sight& sight, const int32_t* positions, int64_t ke
     const float* const biases = bias ? bias_row(sight, positions[j], buffer) + lane : nullptr;
 #pragma GCC unroll 2
     for (int v = 0; v < vectors; ++v) {
-      Floats x = load_floats(row + v * kWidth) * factor;
+      Floats x = load_floats(row + v * kWidth);
       if constexpr (softcap) {
-        x = tanh_of(x);
+        x = tanh_of(x * factor);
         if (slopes != nullptr) store_floats(1.0f - x * x, slopes + j * kQueryTile + lane + v * kWidth);
-        x = x * cap;
+        x = bias ? multiply_add(x, cap, load_floats(biases + v * kWidth)) : x * cap;
+      } else {
+        x = bias ? multiply_add(x, factor, load_floats(biases + v * kWidth)) : x * factor;
       }
-      if constexpr (bias) x += load_floats(biases + v * kWidth);
       if constexpr (mask) x = choose(between(Ints{} + positions[j], first[v], last[v]), x, broadcast(-kInfinity));
       store_floats(x, row + v * kWidth);
       greatest[v] = maximum(x, greatest[v]);

@@ -4,6 +4,7 @@
 // depth. B and C are row-major; A too, or transposed. Everything has internal linkage.
 #pragma once
 
+#include "attention.h"
 #include "floats.h"
 
 namespace embedding_kernels {
@@ -37,7 +38,25 @@ struct Product {
   float* c;
   int64_t c_stride;
   int64_t rows, depth, columns;  // columns: a multiple of kWidth
+  Ahead* ahead;                  // or null
 };
+
+// As many requests as the first cache has on their way at once.
+constexpr int64_t kLinesAtOnce = 14;
+
+inline void bring_near(Ahead* ahead, int64_t lines) {
+  if (ahead == nullptr) return;
+  for (; lines > 0 && ahead->list < ahead->lists; --lines) {
+    const Ahead::Rows& rows = ahead->rows[ahead->list];
+    __builtin_prefetch(rows.data + ahead->row * rows.stride + ahead->byte, 0, 2);
+    ahead->byte += 64;
+    if (ahead->byte < rows.bytes) continue;
+    ahead->byte = 0;
+    if (++ahead->row < rows.count) continue;
+    ahead->row = 0;
+    ++ahead->list;
+  }
+}
 
 inline Floats load_floats(const float* from) {
   Floats value;
@@ -106,6 +125,7 @@ inline void multiply_strip(const Product& p, int64_t column) {
   for (int64_t i = 0; i < blocks; ++i) {
     const int64_t row = p.rows * i / blocks;
     multiply_rows<math, transposed, accumulate, vectors>(p, row, column, p.rows * (i + 1) / blocks - row);
+    bring_near(p.ahead, kLinesAtOnce);
   }
 }
 
@@ -156,7 +176,10 @@ inline void multiply_tiles(const Product& p, int64_t row, int64_t column) {
 template <bool accumulate, bool two_columns>
 inline void multiply_tile_strip(const Product& p, int64_t column) {
   int64_t row = 0;
-  for (; row + 32 <= p.rows; row += 32) multiply_tiles<accumulate, true, two_columns>(p, row, column);
+  for (; row + 32 <= p.rows; row += 32) {
+    multiply_tiles<accumulate, true, two_columns>(p, row, column);
+    bring_near(p.ahead, kLinesAtOnce);
+  }
   if (row < p.rows) multiply_tiles<accumulate, false, two_columns>(p, row, column);
 }
 
