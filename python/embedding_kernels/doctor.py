@@ -77,6 +77,18 @@ def _operator_rows() -> list[tuple[str, str]]:
     ]
 
 
+def _model_rows() -> list[tuple[str, str]]:
+    if _version("transformers") == "not installed":
+        return [("every model", "needs the models extra (transformers is not installed)")]
+    from .models.backbones import BertBackbone, PluggedBackbone
+
+    return [
+        ("BERT, RoBERTa, XLM-RoBERTa, CamemBERT", BertBackbone.road),
+        ("other models of transformers' attention interface", PluggedBackbone.road),
+        ("the rest (MPNet, DeBERTa, …)", "transformers' padded forward"),
+    ]
+
+
 def report() -> list[Section]:
     """Sections of (what, state) for `embedding-kernels doctor`."""
     return [
@@ -84,5 +96,6 @@ def report() -> list[Section]:
         ("CPU", _cpu_rows()),
         ("GPU", _gpu_rows()),
         ("Operators", _operator_rows()),
+        ("Models in Embedder, which says its own in repr()", _model_rows()),
         ("Environment", [(name, f"{os.environ.get(name) or 'not set'} ({use})") for name, use in _VARIABLES.items()]),
     ]

@@ -12,7 +12,7 @@ from .bert import BertBackbone, supports
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["Backbone", "BertBackbone", "packed_backbone"]
+__all__ = ["Backbone", "BertBackbone", "PluggedBackbone", "packed_backbone"]
 
 
 class Backbone(Protocol):
