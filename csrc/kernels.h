@@ -36,6 +36,10 @@ Tensor pack_bits(Tensor x);
 Tensor hamming_distance(Tensor queries, Tensor codes);
 std::tuple<Tensor, Tensor> hamming_topk(Tensor queries, Tensor codes, int64_t k, std::optional<Tensor> allowed,
                                         std::optional<Tensor> code_norms);
+std::tuple<Tensor, Tensor, Tensor> hamming_range(Tensor queries, Tensor codes, int64_t radius,
+                                                 std::optional<Tensor> allowed);
+std::tuple<Tensor, Tensor> rescore_topk(Tensor queries, Tensor candidates, Tensor vectors, int64_t k,
+                                        std::optional<Tensor> scale);
 
 Tensor segment_pool(Tensor hidden, Tensor cu_seqlens, std::string mode, int64_t m, std::optional<Tensor> weights,
                     bool normalize, std::optional<int64_t> truncate_dim, std::optional<ScalarType> out_dtype);

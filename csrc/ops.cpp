@@ -43,6 +43,10 @@ STABLE_TORCH_LIBRARY(embedding_kernels, m) {
   m.def(
       "hamming_topk(Tensor queries, Tensor codes, SymInt k, Tensor? allowed=None, Tensor? code_norms=None) -> "
       "(Tensor, Tensor)");
+  m.def("hamming_range(Tensor queries, Tensor codes, SymInt radius, Tensor? allowed=None) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "rescore_topk(Tensor queries, Tensor candidates, Tensor vectors, SymInt k, Tensor? scale=None) -> (Tensor, "
+      "Tensor)");
   // pooling
   m.def("segment_pool" SEGMENT_POOL_SIGNATURE);
   m.def("segment_pool_forward" SEGMENT_POOL_SIGNATURE);
@@ -69,6 +73,8 @@ STABLE_TORCH_LIBRARY_IMPL(embedding_kernels, CPU, m) {
   m.impl("pack_bits", TORCH_BOX(&cpu::pack_bits));
   m.impl("hamming_distance", TORCH_BOX(&cpu::hamming_distance));
   m.impl("hamming_topk", TORCH_BOX(&cpu::hamming_topk));
+  m.impl("hamming_range", TORCH_BOX(&cpu::hamming_range));
+  m.impl("rescore_topk", TORCH_BOX(&cpu::rescore_topk));
   m.impl("segment_pool", TORCH_BOX(&cpu::segment_pool));
   m.impl("segment_pool_forward", TORCH_BOX(&cpu::segment_pool));
   m.impl("segment_pool_backward", TORCH_BOX(&cpu::segment_pool_backward));

@@ -3,6 +3,7 @@
 #include "hamming.h"
 #include "isa.h"
 #include "pooling.h"
+#include "rescore.h"
 
 namespace embedding_kernels {
 
@@ -41,7 +42,8 @@ namespace embedding_kernels {
 
 EK_DISPATCH_AMX(AttentionLoops, attention_loops)
 EK_DISPATCH_AMX(AttentionBackwardLoops, attention_backward_loops)
-EK_DISPATCH(HammingLoops, hamming_loops)
+EK_DISPATCH_AMX(HammingLoops, hamming_loops)
 EK_DISPATCH(PoolingLoops, pooling_loops)
+EK_DISPATCH(RescoreLoops, rescore_loops)
 
 }  // namespace embedding_kernels

@@ -22,6 +22,20 @@ Codes rows_of(const Tensor& codes) {
   return {static_cast<const uint8_t*>(codes.const_data_ptr()), codes.size(0), codes.stride(0), codes.size(1)};
 }
 
+void check_allowed(const char* op, const Tensor& queries, const Tensor& codes, const std::optional<Tensor>& allowed) {
+  if (!allowed) return;
+  check_tensor(op, "allowed", *allowed, "a uint8 tensor [ceil(N / 8)]", {ScalarType::Byte}, 1);
+  check_size(op, "allowed", *allowed, 0, (codes.size(0) + 7) / 8, "one bit a code");
+  check_same_device(op, "queries", queries, "allowed", *allowed);
+}
+
+std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
+  return tensor ? std::optional(torch::stable::contiguous(*tensor)) : std::nullopt;
+}
+const uint8_t* bytes_of(const std::optional<Tensor>& tensor) {
+  return tensor ? static_cast<const uint8_t*>(tensor->const_data_ptr()) : nullptr;
+}
+
 }  // namespace
 
 Tensor pack_bits(Tensor x) {
@@ -51,32 +65,45 @@ Tensor hamming_distance(Tensor queries, Tensor codes) {
   return out;
 }
 
+std::tuple<Tensor, Tensor, Tensor> hamming_range(Tensor queries, Tensor codes, int64_t radius,
+                                                 std::optional<Tensor> allowed) {
+  const char* const op = "hamming_range";
+  check_codes(op, queries, codes);
+  check_at_least(op, "radius", radius, 0);
+  check_allowed(op, queries, codes, allowed);
+  queries = dense_rows(queries);
+  codes = dense_rows(codes);
+  const std::optional<Tensor> mask = contiguous(allowed);
+  const RangeAnswers answers = embedding_kernels::hamming_range(
+      hamming_loops(), rows_of(queries), rows_of(codes), bytes_of(mask), radius, torch_threads(), TorchParallelFor());
+  Tensor offsets = torch::stable::empty({queries.size(0) + 1}, ScalarType::Long);
+  Tensor distances = torch::stable::empty({answers.offsets.back()}, ScalarType::Int);
+  Tensor indices = torch::stable::empty({answers.offsets.back()}, ScalarType::Long);
+  std::copy(answers.offsets.begin(), answers.offsets.end(), static_cast<int64_t*>(offsets.mutable_data_ptr()));
+  write_range(answers, static_cast<int32_t*>(distances.mutable_data_ptr()),
+              static_cast<int64_t*>(indices.mutable_data_ptr()), TorchParallelFor());
+  return {offsets, distances, indices};
+}
+
 std::tuple<Tensor, Tensor> hamming_topk(Tensor queries, Tensor codes, int64_t k, std::optional<Tensor> allowed,
                                         std::optional<Tensor> code_norms) {
   const char* const op = "hamming_topk";
   check_codes(op, queries, codes);
   check_at_least(op, "k", k, 1);
-  const int64_t count = codes.size(0);
-  if (allowed) {
-    check_tensor(op, "allowed", *allowed, "a uint8 tensor [ceil(N / 8)]", {ScalarType::Byte}, 1);
-    check_size(op, "allowed", *allowed, 0, (count + 7) / 8, "one bit a code");
-  }
+  check_allowed(op, queries, codes, allowed);
   if (code_norms) {
     check_tensor(op, "code_norms", *code_norms, "an int32 tensor [N]", {ScalarType::Int}, 1);
-    check_size(op, "code_norms", *code_norms, 0, count, "one for each code");
+    check_size(op, "code_norms", *code_norms, 0, codes.size(0), "one for each code");
+    check_same_device(op, "queries", queries, "code_norms", *code_norms);
   }
-  if (allowed) check_same_device(op, "queries", queries, "allowed", *allowed);
-  if (code_norms) check_same_device(op, "queries", queries, "code_norms", *code_norms);
-
   queries = dense_rows(queries);
   codes = dense_rows(codes);
-  const std::optional<Tensor> mask = allowed ? std::optional(torch::stable::contiguous(*allowed)) : std::nullopt;
+  const std::optional<Tensor> mask = contiguous(allowed);
   Tensor distances = torch::stable::empty({queries.size(0), k}, ScalarType::Int);
   Tensor indices = torch::stable::empty({queries.size(0), k}, ScalarType::Long);
   const TopK out = {k, static_cast<int32_t*>(distances.mutable_data_ptr()),
                     static_cast<int64_t*>(indices.mutable_data_ptr())};
-  embedding_kernels::hamming_topk(hamming_loops(), rows_of(queries), rows_of(codes),
-                                  mask ? static_cast<const uint8_t*>(mask->const_data_ptr()) : nullptr, out,
+  embedding_kernels::hamming_topk(hamming_loops(), rows_of(queries), rows_of(codes), bytes_of(mask), out,
                                   torch_threads(), TorchParallelFor());
   return {distances, indices};
 }

@@ -15,15 +15,21 @@ struct HammingLoops {
   void (*distances)(const uint8_t* query, const uint8_t* codes, int64_t stride, int64_t count, int64_t bytes,
                     int32_t* out);
 
-  // Many queries read the codes as tiles: `lanes` codes side by side, word by word, tile[word][lane]; words past the
-  // width and lanes past `count` are 0. A whole number of `tile_codes` codes is written.
-  int64_t tile_codes;
-  void (*interleave)(const uint8_t* codes, int64_t stride, int64_t count, int64_t bytes, uint64_t* tiles);
+  // Many queries read the codes as tiles, laid out for this level: `tile_codes` codes side by side, compared with
+  // `tile_queries` queries at once. A word (64 bits) of either takes `word_bytes`, a query `query_bytes` more.
+  // Tiles pay from `tile_from` queries on, and `tile_bytes` of them are worth holding at once.
+  int64_t tile_codes, tile_queries, word_bytes, query_bytes, tile_from, tile_bytes;
 
-  // Distances of two queries (ceil(bytes / 8) words each, zero past the width) to `codes` interleaved codes,
-  // a multiple of tile_codes.
-  void (*tile_distances)(const uint64_t* first, const uint64_t* second, const uint64_t* tiles, int64_t codes,
-                         int64_t words, int32_t* first_out, int32_t* second_out);
+  // Up to tile_queries queries; what is missing, and bits past the width, are 0.
+  void (*lay_queries)(const uint8_t* queries, int64_t stride, int64_t count, int64_t bytes, void* block);
+
+  // `count` codes and zeros up to a multiple of tile_codes.
+  void (*lay_codes)(const uint8_t* codes, int64_t stride, int64_t count, int64_t bytes, void* tiles);
+
+  // Distances of the `queries` of a block to `codes` codes, a multiple of tile_codes: out[query * out_stride + code],
+  // with room for tile_queries rows. Block and tiles are 64-byte aligned.
+  void (*tile_distances)(const void* block, int64_t queries, const void* tiles, int64_t codes, int64_t words,
+                         int32_t* out, int64_t out_stride);
 
   // Appends (distance, first + place) of every distance < bound, in order; returns how many. The outputs have room
   // for `count` entries.
@@ -34,6 +40,7 @@ struct HammingLoops {
 extern const HammingLoops hamming_loops_portable;
 extern const HammingLoops hamming_loops_avx2;
 extern const HammingLoops hamming_loops_avx512;
+extern const HammingLoops hamming_loops_amx;
 
 const HammingLoops& hamming_loops();
 

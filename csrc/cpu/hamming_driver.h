@@ -2,109 +2,99 @@
 // and runs task(0) ... task(count - 1), each once, on up to `threads` threads. Results do not depend on the threads.
 #pragma once
 
-#include <algorithm>
-#include <cstdint>
 #include <limits>
 #include <memory>
-#include <vector>
 
-#include "hamming.h"
+#include "hamming_scan.h"
 
 namespace embedding_kernels {
-
-// Packed codes `bytes` wide, row n at data + n * stride.
-struct Codes {
-  const uint8_t* data;
-  int64_t count;
-  int64_t stride;
-  int64_t bytes;
-};
-
-// What stands in places of the top-k that no code fills (FAISS's values).
-constexpr int32_t kNoDistance = std::numeric_limits<int32_t>::max();
-constexpr int64_t kNoIndex = -1;
-
-// Fewer queries than this read the codes as they lie; more share interleaved tiles.
-constexpr int64_t kTileQueries = 4;
-constexpr int64_t kTileBytes = 32 * 1024;
-constexpr int64_t kMinRange = 8192;
-constexpr int64_t kMaxQueriesATask = 128;
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Codes in one step of a scan: a tile that stays in the first cache, a whole number of interleaved groups.
-inline int64_t step_codes(const HammingLoops& loops, int64_t bytes) {
-  const int64_t fit = kTileBytes / std::max<int64_t>(ceil_div(bytes, 8) * 8, 8);
-  return std::clamp<int64_t>(fit / loops.tile_codes, 1, 2048 / loops.tile_codes) * loops.tile_codes;
-}
-
-// Queries as zero-padded words, an even number of rows, so that they can be taken two at a time.
-class QueryWords {
- public:
-  QueryWords(const Codes& queries, int64_t begin, int64_t end)
-      : words_(ceil_div(queries.bytes, 8)), data_((end - begin + 1) / 2 * 2 * words_) {
-    for (int64_t q = begin; q < end; ++q) {
-      const uint8_t* row = queries.data + q * queries.stride;
-      std::copy(row, row + queries.bytes, reinterpret_cast<uint8_t*>(data_.data() + (q - begin) * words_));
-    }
-  }
-  int64_t words() const { return words_; }
-  const uint64_t* row(int64_t query) const { return data_.data() + query * words_; }
-
- private:
-  int64_t words_;
-  std::vector<uint64_t> data_;
-};
-
-// Calls visit(query, first, count, distances) for queries [begin, end) and every step of codes [first_code, last_code),
-// each query's steps in ascending order. `distances` lives until the next call.
-template <class Visit>
-void scan(const HammingLoops& loops, const Codes& queries, int64_t begin, int64_t end, const Codes& codes,
-          int64_t first_code, int64_t last_code, const Visit& visit) {
-  const int64_t step = step_codes(loops, codes.bytes);
-  std::vector<int32_t> distances(2 * step);
-  int32_t* const out = distances.data();
-  if (end - begin < kTileQueries) {
-    for (int64_t n = first_code; n < last_code; n += step) {
-      const int64_t count = std::min(step, last_code - n);
-      for (int64_t q = begin; q < end; ++q) {
-        loops.distances(queries.data + q * queries.stride, codes.data + n * codes.stride, codes.stride, count,
-                        codes.bytes, out);
-        visit(q, n, count, out);
-      }
-    }
-    return;
-  }
-  const QueryWords words(queries, begin, end);
-  std::vector<uint64_t> tiles(step * words.words());
-  for (int64_t n = first_code; n < last_code; n += step) {
-    const int64_t count = std::min(step, last_code - n);
-    loops.interleave(codes.data + n * codes.stride, codes.stride, count, codes.bytes, tiles.data());
-    const int64_t padded = ceil_div(count, loops.tile_codes) * loops.tile_codes;
-    for (int64_t q = begin; q < end; q += 2) {
-      loops.tile_distances(words.row(q - begin), words.row(q - begin + 1), tiles.data(), padded, words.words(), out,
-                           out + step);
-      visit(q, n, count, out);
-      if (q + 1 < end) visit(q + 1, n, count, out + step);
-    }
-  }
-}
 
 template <class ParallelFor>
 void hamming_distance(const HammingLoops& loops, const Codes& queries, const Codes& codes, int32_t* out,
                       int64_t threads, const ParallelFor& parallel_for) {
   if (queries.count == 0 || codes.count == 0) return;
-  const int64_t query_blocks = ceil_div(queries.count, kMaxQueriesATask);
-  const int64_t ranges = std::clamp<int64_t>(ceil_div(threads, query_blocks), 1, ceil_div(codes.count, kMinRange));
-  parallel_for(query_blocks * ranges, [&](int64_t task) {
-    const int64_t block = task / ranges, range = task % ranges;
-    scan(loops, queries, queries.count * block / query_blocks, queries.count * (block + 1) / query_blocks, codes,
-         codes.count * range / ranges, codes.count * (range + 1) / ranges,
+  const Shares shares = share(queries.count, codes.count, threads);
+  parallel_for(shares.count(), [&](int64_t index) {
+    const Shares::Task task = shares.task(index);
+    scan(loops, queries, task.begin, task.end, codes, task.first, task.last,
          [&](int64_t query, int64_t first, int64_t count, const int32_t* distances) {
            std::copy(distances, distances + count, out + query * codes.count + first);
          });
   });
 }
+
+// Closes the gaps that codes without their bit in `allowed` leave among `found` entries; returns how many stay.
+inline int64_t drop_forbidden(const uint8_t* allowed, int64_t found, int32_t* distances, int64_t* indices) {
+  int64_t kept = 0;
+  for (int64_t i = 0; i < found; ++i) {
+    const int64_t index = indices[i];
+    if ((allowed[index / 8] >> (7 - index % 8) & 1) == 0) continue;
+    distances[kept] = distances[i];
+    indices[kept++] = index;
+  }
+  return kept;
+}
+
+// ---- all codes within a radius ----
+
+struct RangeAnswers {
+  struct Part {
+    std::vector<int32_t> distances;
+    std::vector<int64_t> indices;
+  };
+  int64_t ranges = 1;
+  std::vector<Part> parts;       // [queries, ranges]
+  std::vector<int64_t> offsets;  // [queries + 1]
+};
+
+template <class ParallelFor>
+RangeAnswers hamming_range(const HammingLoops& loops, const Codes& queries, const Codes& codes, const uint8_t* allowed,
+                           int64_t radius, int64_t threads, const ParallelFor& parallel_for) {
+  const int32_t bound = static_cast<int32_t>(std::min(radius, 8 * codes.bytes + 1));
+  const Shares shares = share(queries.count, codes.count, threads);
+  RangeAnswers answers{shares.ranges, std::vector<RangeAnswers::Part>(queries.count * shares.ranges),
+                       std::vector<int64_t>(queries.count + 1)};
+  parallel_for(shares.count(), [&](int64_t index) {
+    const Shares::Task task = shares.task(index);
+    std::vector<int32_t> near(kMaxStep);
+    std::vector<int64_t> places(kMaxStep);
+    scan(loops, queries, task.begin, task.end, codes, task.first, task.last,
+         [&](int64_t query, int64_t first, int64_t count, const int32_t* distances) {
+           int64_t found = loops.select(distances, count, bound, first, near.data(), places.data());
+           if (allowed != nullptr) found = drop_forbidden(allowed, found, near.data(), places.data());
+           RangeAnswers::Part& part = answers.parts[query * shares.ranges + task.range];
+           part.distances.insert(part.distances.end(), near.begin(), near.begin() + found);
+           part.indices.insert(part.indices.end(), places.begin(), places.begin() + found);
+         });
+  });
+  for (int64_t q = 0; q < queries.count; ++q) {
+    int64_t total = answers.offsets[q];
+    for (int64_t r = 0; r < shares.ranges; ++r) {
+      total += static_cast<int64_t>(answers.parts[q * shares.ranges + r].indices.size());
+    }
+    answers.offsets[q + 1] = total;
+  }
+  return answers;
+}
+
+template <class ParallelFor>
+void write_range(const RangeAnswers& answers, int32_t* distances, int64_t* indices, const ParallelFor& parallel_for) {
+  parallel_for(static_cast<int64_t>(answers.offsets.size()) - 1, [&](int64_t query) {
+    int64_t to = answers.offsets[query];
+    for (int64_t r = 0; r < answers.ranges; ++r) {
+      const RangeAnswers::Part& part = answers.parts[query * answers.ranges + r];
+      std::copy(part.distances.begin(), part.distances.end(), distances + to);
+      std::copy(part.indices.begin(), part.indices.end(), indices + to);
+      to += static_cast<int64_t>(part.indices.size());
+    }
+  });
+}
+
+// ---- the nearest codes ----
+
+// What stands in places of the top-k that no code fills (FAISS's values).
+constexpr int32_t kNoDistance = std::numeric_limits<int32_t>::max();
+constexpr int64_t kNoIndex = -1;
 
 // The nearest codes of one query so far. Codes arrive in ascending order of index, so one whose distance equals that of
 // the k-th is already too late: only distances below `bound` are of interest.
@@ -123,7 +113,9 @@ class Nearest {
     }
     if (size_ + count > capacity_) compact();
     int64_t found = loops.select(distances, count, bound_, first, distances_.get() + size_, indices_.get() + size_);
-    if (allowed != nullptr) found = drop_forbidden(found, allowed);
+    if (allowed != nullptr) {
+      found = drop_forbidden(allowed, found, distances_.get() + size_, indices_.get() + size_);
+    }
     for (int64_t i = size_; i < size_ + found; ++i) ++counts_[distances_[i]];
     size_ += found;
     within_ += found;
@@ -149,17 +141,6 @@ class Nearest {
   }
 
  private:
-  int64_t drop_forbidden(int64_t found, const uint8_t* allowed) {
-    int64_t kept = size_;
-    for (int64_t i = size_; i < size_ + found; ++i) {
-      const int64_t index = indices_[i];
-      if ((allowed[index / 8] >> (7 - index % 8) & 1) == 0) continue;
-      distances_[kept] = distances_[i];
-      indices_[kept++] = index;
-    }
-    return kept - size_;
-  }
-
   // Forgets entries that can no longer be among the k nearest: at the bound, the earliest stay.
   void compact() {
     int64_t spare = k_ - (within_ - counts_[bound_]);
@@ -211,42 +192,42 @@ inline void merge_ranges(int64_t bits, int64_t ranges, int64_t kept, const int64
   std::fill(out_indices + filled, out_indices + k, kNoIndex);
 }
 
+// With more answers a query than this, lists of every range would take more memory than they save time.
+constexpr int64_t kMaxMergedAnswers = 1024;
+
 template <class ParallelFor>
 void hamming_topk(const HammingLoops& loops, const Codes& queries, const Codes& codes, const uint8_t* allowed,
                   const TopK& out, int64_t threads, const ParallelFor& parallel_for) {
   if (queries.count == 0) return;
   const int64_t bits = 8 * codes.bytes;
-  const int64_t query_blocks = std::min(queries.count, std::max(ceil_div(queries.count, kMaxQueriesATask),
-                                                                queries.count >= threads * kTileQueries ? threads : 1));
-  // one query is spread over all threads
-  const int64_t ranges =
-      std::clamp<int64_t>(ceil_div(threads, query_blocks), 1, std::max<int64_t>(codes.count / kMinRange, 1));
+  Shares shares = share(queries.count, codes.count, threads);
+  if (out.k > kMaxMergedAnswers && queries.count >= threads) {
+    shares.ranges = 1;
+    shares.query_blocks = std::max(shares.query_blocks, threads);
+  }
+  const int64_t ranges = shares.ranges;
   const int64_t kept = std::min(out.k, std::max<int64_t>(ceil_div(codes.count, ranges), 1));
   std::vector<int32_t> part_distances(queries.count * ranges * kept);
   std::vector<int64_t> part_indices(queries.count * ranges * kept);
   std::vector<int64_t> found(queries.count * ranges);
-  parallel_for(query_blocks * ranges, [&](int64_t task) {
-    const int64_t block = task / ranges, range = task % ranges;
-    const int64_t begin = queries.count * block / query_blocks, end = queries.count * (block + 1) / query_blocks;
-    const int64_t first = codes.count * range / ranges, last = codes.count * (range + 1) / ranges;
+  parallel_for(shares.count(), [&](int64_t index) {
+    const Shares::Task task = shares.task(index);
+    const int64_t step = step_codes(loops, task.end - task.begin, codes.bytes);
     std::vector<Nearest> nearest;
-    nearest.reserve(end - begin);
-    for (int64_t q = begin; q < end; ++q)
-      nearest.emplace_back(kept, bits, last - first, step_codes(loops, codes.bytes));
-    scan(loops, queries, begin, end, codes, first, last,
-         [&](int64_t query, int64_t start, int64_t count, const int32_t* distances) {
-           nearest[query - begin].add(loops, distances, count, start, allowed);
+    nearest.reserve(task.end - task.begin);
+    for (int64_t q = task.begin; q < task.end; ++q) nearest.emplace_back(kept, bits, task.last - task.first, step);
+    scan(loops, queries, task.begin, task.end, codes, task.first, task.last,
+         [&](int64_t query, int64_t first, int64_t count, const int32_t* distances) {
+           nearest[query - task.begin].add(loops, distances, count, first, allowed);
          });
-    for (int64_t q = begin; q < end; ++q) {
-      const int64_t at = (q * ranges + range);
-      found[at] = nearest[q - begin].finish(part_distances.data() + at * kept, part_indices.data() + at * kept);
+    for (int64_t q = task.begin; q < task.end; ++q) {
+      const int64_t at = q * ranges + task.range;
+      found[at] = nearest[q - task.begin].finish(part_distances.data() + at * kept, part_indices.data() + at * kept);
     }
   });
-  parallel_for(query_blocks, [&](int64_t block) {
-    for (int64_t q = queries.count * block / query_blocks; q < queries.count * (block + 1) / query_blocks; ++q) {
-      merge_ranges(bits, ranges, kept, found.data() + q * ranges, part_distances.data() + q * ranges * kept,
-                   part_indices.data() + q * ranges * kept, out.k, out.distances + q * out.k, out.indices + q * out.k);
-    }
+  parallel_for(queries.count, [&](int64_t q) {
+    merge_ranges(bits, ranges, kept, found.data() + q * ranges, part_distances.data() + q * ranges * kept,
+                 part_indices.data() + q * ranges * kept, out.k, out.distances + q * out.k, out.indices + q * out.k);
   });
 }
 

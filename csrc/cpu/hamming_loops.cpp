@@ -1,23 +1,9 @@
 // Compiled once for each level of instruction set. No torch, no STL, no threads: a weak symbol from a header, compiled
 // here with AVX-512, could be the copy that the linker gives to everybody.
-#include "hamming.h"
-#include "level.h"
+#include "hamming_tiles.h"
 
 namespace embedding_kernels {
 namespace {
-
-inline uint64_t load_word(const uint8_t* from) {
-  uint64_t word;
-  __builtin_memcpy(&word, from, 8);
-  return word;
-}
-
-// The last 1 to 7 bytes of a code, zero above.
-inline uint64_t load_tail(const uint8_t* from, int64_t bytes) {
-  uint64_t word = 0;
-  for (int64_t i = 0; i < bytes; ++i) word |= static_cast<uint64_t>(from[i]) << (8 * i);
-  return word;
-}
 
 inline uint64_t reverse_bits_in_bytes(uint64_t x) {
   x = (x & 0x5555555555555555u) << 1 | (x >> 1 & 0x5555555555555555u);
@@ -179,20 +165,6 @@ void distances(const uint8_t* query, const uint8_t* codes, int64_t stride, int64
 
 #else
 
-#if defined(EK_ISA_AVX2)
-// Ones in each byte of x, by table look-up of its halves.
-inline __m256i count_bytes(__m256i x) {
-  const __m256i table = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4,  //
-                                         0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
-  const __m256i low = _mm256_set1_epi8(0x0f);
-  return _mm256_add_epi8(_mm256_shuffle_epi8(table, _mm256_and_si256(x, low)),
-                         _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(x, 4), low)));
-}
-
-// Counts of up to eight ones a byte may be added this often before a byte overflows.
-constexpr int64_t kByteAdds = 31;
-#endif
-
 inline int32_t code_distance(const uint8_t* query, const uint8_t* code, int64_t bytes) {
   int64_t sum = 0;
   int64_t i = 0;
@@ -222,96 +194,6 @@ void distances(const uint8_t* query, const uint8_t* codes, int64_t stride, int64
 }
 
 #endif
-
-// ---- many queries: lane-wise counts over interleaved codes ----
-
-#if defined(EK_ISA_AVX512)
-constexpr int64_t kLanes = 8;
-struct Lanes {
-  __m512i sum = _mm512_setzero_si512();
-  static __m512i load(const uint64_t* from) { return _mm512_loadu_si512(from); }
-  static __m512i broadcast(uint64_t word) { return _mm512_set1_epi64(static_cast<int64_t>(word)); }
-  void add(__m512i a, __m512i b) { sum = _mm512_add_epi64(sum, _mm512_popcnt_epi64(_mm512_xor_si512(a, b))); }
-  void flush() {}
-  void store(int32_t* out) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi64_epi32(sum)); }
-};
-constexpr int64_t kFlush = int64_t{1} << 62;
-#elif defined(EK_ISA_AVX2)
-constexpr int64_t kLanes = 4;
-struct Lanes {
-  __m256i sum = _mm256_setzero_si256();
-  __m256i ones = _mm256_setzero_si256();
-  static __m256i load(const uint64_t* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
-  static __m256i broadcast(uint64_t word) { return _mm256_set1_epi64x(static_cast<int64_t>(word)); }
-  void add(__m256i a, __m256i b) { ones = _mm256_add_epi8(ones, count_bytes(_mm256_xor_si256(a, b))); }
-  void flush() {
-    sum = _mm256_add_epi64(sum, _mm256_sad_epu8(ones, _mm256_setzero_si256()));
-    ones = _mm256_setzero_si256();
-  }
-  void store(int32_t* out) const {
-    alignas(32) int64_t lanes[4];
-    _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), sum);
-    for (int i = 0; i < 4; ++i) out[i] = static_cast<int32_t>(lanes[i]);
-  }
-};
-constexpr int64_t kFlush = kByteAdds;
-#else
-constexpr int64_t kLanes = 1;
-struct Lanes {
-  int64_t sum = 0;
-  static uint64_t load(const uint64_t* from) { return *from; }
-  static uint64_t broadcast(uint64_t word) { return word; }
-  void add(uint64_t a, uint64_t b) { sum += __builtin_popcountll(a ^ b); }
-  void flush() {}
-  void store(int32_t* out) const { *out = static_cast<int32_t>(sum); }
-};
-constexpr int64_t kFlush = int64_t{1} << 62;
-#endif
-
-// Vectors of codes worked on at once: with two queries, as many sums as fit in registers.
-constexpr int64_t kVectors = kLanes == 8 ? 4 : 2;
-
-void interleave(const uint8_t* codes, int64_t stride, int64_t count, int64_t bytes, uint64_t* tiles) {
-  const int64_t words = (bytes + 7) / 8, whole = bytes / 8;
-  const int64_t padded = (count + kLanes * kVectors - 1) / (kLanes * kVectors) * (kLanes * kVectors);
-  for (int64_t n = 0; n < padded; ++n) {
-    uint64_t* lane = tiles + n / kLanes * words * kLanes + n % kLanes;
-    if (n >= count) {
-      for (int64_t w = 0; w < words; ++w) lane[w * kLanes] = 0;
-      continue;
-    }
-    const uint8_t* code = codes + n * stride;
-    for (int64_t w = 0; w < whole; ++w) lane[w * kLanes] = load_word(code + 8 * w);
-    if (whole < words) lane[whole * kLanes] = load_tail(code + 8 * whole, bytes % 8);
-  }
-}
-
-void tile_distances(const uint64_t* first, const uint64_t* second, const uint64_t* tiles, int64_t codes, int64_t words,
-                    int32_t* first_out, int32_t* second_out) {
-  for (int64_t n = 0; n < codes; n += kLanes * kVectors) {
-    Lanes first_sums[kVectors], second_sums[kVectors];
-    const uint64_t* group = tiles + n * words;
-    for (int64_t start = 0; start < words; start += kFlush) {
-      const int64_t end = words - start < kFlush ? words : start + kFlush;
-      for (int64_t w = start; w < end; ++w) {
-        const auto a = Lanes::broadcast(first[w]), b = Lanes::broadcast(second[w]);
-        for (int64_t v = 0; v < kVectors; ++v) {
-          const auto x = Lanes::load(group + (v * words + w) * kLanes);
-          first_sums[v].add(a, x);
-          second_sums[v].add(b, x);
-        }
-      }
-      for (int64_t v = 0; v < kVectors; ++v) {
-        first_sums[v].flush();
-        second_sums[v].flush();
-      }
-    }
-    for (int64_t v = 0; v < kVectors; ++v) {
-      first_sums[v].store(first_out + n + v * kLanes);
-      second_sums[v].store(second_out + n + v * kLanes);
-    }
-  }
-}
 
 // ---- selection ----
 
@@ -355,8 +237,14 @@ int64_t select(const int32_t* distances, int64_t count, int32_t bound, int64_t f
 extern const HammingLoops EK_LEVEL_NAME(hamming_loops) = {
     {pack_bits<kFloat32>, pack_bits<kBFloat16>, pack_bits<kFloat16>},
     distances,
-    kLanes * kVectors,
-    interleave,
+    kTileCodes,
+    kTileQueries,
+    kWordBytes,
+    kQueryBytes,
+    kTileFrom,
+    kTileBytes,
+    lay_queries,
+    lay_codes,
     tile_distances,
     select,
 };

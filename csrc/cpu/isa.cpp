@@ -20,6 +20,7 @@ bool tiles_available() {
 #if defined(__linux__)
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   static const bool permitted = __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+                                __builtin_cpu_supports("amx-int8") && __builtin_cpu_supports("gfni") &&
                                 syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
   return permitted;
 #else

@@ -6,6 +6,7 @@
 
 #include "attention.h"
 #include "floats.h"
+#include "tiles.h"
 
 namespace embedding_kernels {
 namespace {
@@ -131,9 +132,6 @@ inline void multiply_strip(const Product& p, int64_t column) {
 
 #if defined(EK_ISA_AMX)
 
-// GCC's tile intrinsics do not say which memory they read: without this, stores to it may be moved or dropped.
-inline void memory_is_read() { __asm__ volatile("" ::: "memory"); }
-
 template <bool accumulate, bool two_rows, bool two_columns>
 inline void multiply_tiles(const Product& p, int64_t row, int64_t column) {
   const int64_t a_bytes = 4 * p.a_stride, b_bytes = 4 * p.b_stride, c_bytes = 4 * p.c_stride;
@@ -183,16 +181,6 @@ inline void multiply_tile_strip(const Product& p, int64_t column) {
   if (row < p.rows) multiply_tiles<accumulate, false, two_columns>(p, row, column);
 }
 
-inline void configure_tiles() {
-  struct alignas(64) {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-  } const configuration;
-  __asm__ volatile("" ::"r"(&configuration) : "memory");
-  _tile_loadconfig(&configuration);
-}
-
 #endif
 
 template <Math math, bool transposed, bool accumulate>
@@ -201,13 +189,13 @@ __attribute__((noinline)) void multiply(const Product& p) {
 #if defined(EK_ISA_AMX)
   if constexpr (math == Math::pairs) {
     static_assert(!transposed);
-    memory_is_read();
+    memory_is_used();
     Product padded = p;
     padded.rows = round_up(p.rows, kRowStep);
     padded.depth = round_up(p.depth, kDepthStep);
     for (; column + 32 <= p.columns; column += 32) multiply_tile_strip<accumulate, true>(padded, column);
     if (column < p.columns) multiply_tile_strip<accumulate, false>(padded, column);
-    memory_is_read();
+    memory_is_used();
     return;
   }
 #endif

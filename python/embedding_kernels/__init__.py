@@ -19,6 +19,8 @@ _LAZY = {
     "pack_bits": ".ops.hamming",
     "hamming_distance": ".ops.hamming",
     "hamming_topk": ".ops.hamming",
+    "hamming_range": ".ops.hamming",
+    "rescore_topk": ".ops.hamming",
     "segment_pool": ".ops.pooling",
     "segment_pool_pack_bits": ".ops.pooling",
     "pack_padded": ".ops.pooling",
@@ -39,8 +41,10 @@ if TYPE_CHECKING:
     from .ops.attention import varlen_attention as varlen_attention
     from .ops.backend import use_backend as use_backend
     from .ops.hamming import hamming_distance as hamming_distance
+    from .ops.hamming import hamming_range as hamming_range
     from .ops.hamming import hamming_topk as hamming_topk
     from .ops.hamming import pack_bits as pack_bits
+    from .ops.hamming import rescore_topk as rescore_topk
     from .ops.pooling import cu_seqlens_from_mask as cu_seqlens_from_mask
     from .ops.pooling import pack_padded as pack_padded
     from .ops.pooling import segment_pool as segment_pool

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from embedding_kernels import BinaryIndex
-from embedding_kernels import index as index_module
+from embedding_kernels.index import binary as index_module
 
 NO_DISTANCE, NO_INDEX = 2147483647, -1
 

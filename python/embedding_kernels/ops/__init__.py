@@ -5,8 +5,10 @@ from .attention import merge_attention as merge_attention
 from .attention import varlen_attention as varlen_attention
 from .backend import use_backend as use_backend
 from .hamming import hamming_distance as hamming_distance
+from .hamming import hamming_range as hamming_range
 from .hamming import hamming_topk as hamming_topk
 from .hamming import pack_bits as pack_bits
+from .hamming import rescore_topk as rescore_topk
 from .pooling import cu_seqlens_from_mask as cu_seqlens_from_mask
 from .pooling import pack_padded as pack_padded
 from .pooling import segment_pool as segment_pool

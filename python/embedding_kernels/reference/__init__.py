@@ -6,8 +6,10 @@ from . import pooling as pooling
 from .attention import merge_attention as merge_attention
 from .attention import varlen_attention as varlen_attention
 from .hamming import hamming_distance as hamming_distance
+from .hamming import hamming_range as hamming_range
 from .hamming import hamming_topk as hamming_topk
 from .hamming import pack_bits as pack_bits
+from .hamming import rescore_topk as rescore_topk
 from .pooling import pack_padded as pack_padded
 from .pooling import segment_pool as segment_pool
 from .pooling import segment_pool_pack_bits as segment_pool_pack_bits

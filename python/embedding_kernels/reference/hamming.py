@@ -49,3 +49,42 @@ def hamming_topk(
     missing = max(k - distance.shape[1], 0)
     pad = torch.nn.functional.pad
     return pad(distance, (0, missing), value=NO_DISTANCE), pad(indices, (0, missing), value=NO_INDEX)
+
+
+def hamming_range(
+    queries: Tensor, codes: Tensor, radius: int, *, allowed: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All codes nearer than ``radius`` to each query, in the order of their indices."""
+    distance = hamming_distance(queries, codes)
+    near = distance < radius
+    if allowed is not None:
+        near &= unpack_bits(allowed)[: codes.shape[0]] != 0
+    offsets = torch.nn.functional.pad(near.sum(1).cumsum(0), (1, 0))
+    return offsets, distance[near], near.nonzero()[:, 1]
+
+
+def rescore_topk(
+    queries: Tensor, candidates: Tensor, vectors: Tensor, k: int, *, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The ``k`` best of each query's candidates by inner product, by (-score, index)."""
+    dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32
+    if vectors.shape[0] == 0:  # then every candidate is absent, and a row of zeros will do
+        vectors = vectors.new_zeros(1, vectors.shape[1])
+    rows = vectors[candidates.clamp(min=0)]
+    if vectors.dtype == torch.uint8:
+        rows = unpack_bits(rows)[..., : queries.shape[1]]  # the last byte may hold more
+    rows = rows.to(dtype)
+    if scale is not None:
+        rows = rows * scale.to(dtype)
+    scores = torch.einsum("qd,qcd->qc", queries.to(dtype), rows)
+    absent = candidates < 0
+    order = torch.arange(candidates.shape[1], device=candidates.device).expand_as(candidates)
+    # the last key decides first; a score that is not a number comes after every number
+    for key in (candidates, -scores.nan_to_num(-torch.inf, torch.inf, -torch.inf), absent.to(torch.int8)):
+        order = order.gather(1, key.gather(1, order).argsort(dim=1, stable=True))
+    order = order[:, :k]
+    scores = scores.masked_fill(absent, -torch.inf).gather(1, order)
+    indices = candidates.masked_fill(absent, NO_INDEX).gather(1, order)
+    missing = max(k - candidates.shape[1], 0)
+    pad = torch.nn.functional.pad
+    return pad(scores, (0, missing), value=-torch.inf), pad(indices, (0, missing), value=NO_INDEX)

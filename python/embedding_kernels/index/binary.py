@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._progress import progress_bar
-from .ops.hamming import hamming_topk, pack_bits
-from .reference.hamming import NO_INDEX
+from .._progress import progress_bar
+from ..ops.hamming import hamming_topk, pack_bits
+from ..reference.hamming import NO_INDEX
 
 logger = logging.getLogger(__name__)
 

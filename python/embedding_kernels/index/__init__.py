@@ -1,0 +1,3 @@
+"""Exact search over binary codes: one index, or one spread over processes."""
+
+from .binary import BinaryIndex as BinaryIndex
