@@ -41,6 +41,12 @@ std::tuple<Tensor, Tensor, Tensor> hamming_range(Tensor queries, Tensor codes, i
 std::tuple<Tensor, Tensor> rescore_topk(Tensor queries, Tensor candidates, Tensor vectors, int64_t k,
                                         std::optional<Tensor> scale);
 
+Tensor paragraph_vector_step(Tensor documents, Tensor document_squares, Tensor words, Tensor bias, Tensor word_squares,
+                             Tensor rows, Tensor tokens, Tensor cu_seqlens, Tensor negatives, Tensor log_expected,
+                             double learning_rate, bool binary, bool update_words, std::optional<Tensor> projection,
+                             std::optional<Tensor> projection_squares, std::optional<Tensor> context,
+                             std::optional<Tensor> context_squares, int64_t window);
+
 Tensor segment_pool(Tensor hidden, Tensor cu_seqlens, std::string mode, int64_t m, std::optional<Tensor> weights,
                     bool normalize, std::optional<int64_t> truncate_dim, std::optional<ScalarType> out_dtype);
 std::tuple<Tensor, Tensor> segment_pool_backward(Tensor grad, std::optional<Tensor> hidden, Tensor cu_seqlens,

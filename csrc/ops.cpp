@@ -47,6 +47,13 @@ STABLE_TORCH_LIBRARY(embedding_kernels, m) {
   m.def(
       "rescore_topk(Tensor queries, Tensor candidates, Tensor vectors, SymInt k, Tensor? scale=None) -> (Tensor, "
       "Tensor)");
+  // paragraph vectors
+  m.def(
+      "paragraph_vector_step(Tensor(a!) documents, Tensor(b!) document_squares, Tensor(c!) words, Tensor(d!) bias, "
+      "Tensor(e!) word_squares, Tensor rows, Tensor tokens, Tensor cu_seqlens, Tensor negatives, Tensor log_expected, "
+      "float learning_rate, bool binary=True, bool update_words=True, Tensor(f!)? projection=None, "
+      "Tensor(g!)? projection_squares=None, Tensor(h!)? context=None, Tensor(i!)? context_squares=None, "
+      "SymInt window=0) -> Tensor");
   // pooling
   m.def("segment_pool" SEGMENT_POOL_SIGNATURE);
   m.def("segment_pool_forward" SEGMENT_POOL_SIGNATURE);
@@ -75,6 +82,7 @@ STABLE_TORCH_LIBRARY_IMPL(embedding_kernels, CPU, m) {
   m.impl("hamming_topk", TORCH_BOX(&cpu::hamming_topk));
   m.impl("hamming_range", TORCH_BOX(&cpu::hamming_range));
   m.impl("rescore_topk", TORCH_BOX(&cpu::rescore_topk));
+  m.impl("paragraph_vector_step", TORCH_BOX(&cpu::paragraph_vector_step));
   m.impl("segment_pool", TORCH_BOX(&cpu::segment_pool));
   m.impl("segment_pool_forward", TORCH_BOX(&cpu::segment_pool));
   m.impl("segment_pool_backward", TORCH_BOX(&cpu::segment_pool_backward));

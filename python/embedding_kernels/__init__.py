@@ -21,6 +21,7 @@ _LAZY = {
     "hamming_topk": ".ops.hamming",
     "hamming_range": ".ops.hamming",
     "rescore_topk": ".ops.hamming",
+    "paragraph_vector_step": ".ops.paragraph_vector",
     "segment_pool": ".ops.pooling",
     "segment_pool_pack_bits": ".ops.pooling",
     "pack_padded": ".ops.pooling",
@@ -28,6 +29,7 @@ _LAZY = {
     "cu_seqlens_from_mask": ".ops.pooling",
     "use_backend": ".ops.backend",
     "BinaryIndex": ".index",
+    "BinaryParagraphVector": ".models.paragraph_vector",
     "Embedder": ".models",
 }
 _SUBMODULES = ("cli", "doctor", "index", "integrations", "models", "nn", "numpy", "ops", "reference")
@@ -37,6 +39,7 @@ __all__ = [*_LAZY, "__version__"]
 if TYPE_CHECKING:
     from .index import BinaryIndex as BinaryIndex
     from .models import Embedder as Embedder
+    from .models.paragraph_vector import BinaryParagraphVector as BinaryParagraphVector
     from .ops.attention import merge_attention as merge_attention
     from .ops.attention import varlen_attention as varlen_attention
     from .ops.backend import use_backend as use_backend
@@ -45,6 +48,7 @@ if TYPE_CHECKING:
     from .ops.hamming import hamming_topk as hamming_topk
     from .ops.hamming import pack_bits as pack_bits
     from .ops.hamming import rescore_topk as rescore_topk
+    from .ops.paragraph_vector import paragraph_vector_step as paragraph_vector_step
     from .ops.pooling import cu_seqlens_from_mask as cu_seqlens_from_mask
     from .ops.pooling import pack_padded as pack_padded
     from .ops.pooling import segment_pool as segment_pool

@@ -65,6 +65,10 @@ def _gpu_rows() -> list[tuple[str, str]]:
     return rows
 
 
+def _cuda_state(cpu_only: bool, has_kernel: bool, triton: str) -> str:
+    return "refused (the operator has no GPU kernel)" if cpu_only else "CUDA C++" if has_kernel else triton
+
+
 def _operator_rows() -> list[tuple[str, str]]:
     from . import ops
     from .ops._registry import OPERATORS, has_cuda_kernel
@@ -72,8 +76,8 @@ def _operator_rows() -> list[tuple[str, str]]:
     del ops  # imported for its registrations
     triton = "Triton" if _version("triton") != "not installed" else "nothing (Triton is not installed)"
     return [
-        (name, f"CPU tensors: C++ · CUDA tensors: {'CUDA C++' if has_cuda_kernel(name) else triton}")
-        for name in OPERATORS
+        (name, "CPU tensors: C++ · CUDA tensors: " + _cuda_state(op.cpu_only, has_cuda_kernel(name), triton))
+        for name, op in OPERATORS.items()
     ]
 
 

@@ -51,9 +51,12 @@ class Operator:
         flops: Callable[..., int],
         autocast: Sequence[str],
         gradient: Gradient | None,
+        cpu_only: bool,
     ) -> None:
         packets = getattr(torch.ops, NAMESPACE)
         self.name, self.family, self.check, self.flops, self.gradient = name, family, check, flops, gradient
+        #: no GPU kernel, by design: CUDA tensors are refused
+        self.cpu_only = cpu_only
         #: names of the arguments that autocast casts
         self.autocast = tuple(autocast)
         self.registered_names = [name] + ([f"{name}_forward"] if gradient else [])
@@ -78,6 +81,8 @@ class Operator:
         return self.definition(**dict(zip(self.argument_names, args, strict=False)))
 
     def run_triton(self, *args: Any) -> Any:
+        if self.cpu_only:
+            raise ValueError(f"{self.name}: backend must be 'cpu' or 'reference' (it has no GPU kernel), got 'triton'")
         self.check(*args)
         return self.triton(*args)
 
@@ -102,13 +107,14 @@ def register(
     flops: Callable[..., int],
     autocast: Sequence[str] = (),
     gradient: Gradient | None = None,
+    cpu_only: bool = False,
 ) -> Operator:
     """Declare operator ``name``.
 
     check(*args) raises ValueError for bad input; fake(*args) returns empty outputs; flops(*shapes) counts;
-    autocast names the arguments that autocast casts.
+    autocast names the arguments that autocast casts; cpu_only declares a family without GPU kernels.
     """
-    op = OPERATORS[name] = Operator(name, family, check, flops, autocast, gradient)
+    op = OPERATORS[name] = Operator(name, family, check, flops, autocast, gradient, cpu_only)
 
     def checked_fake(*args: Any) -> Any:
         check(*args)
@@ -120,7 +126,9 @@ def register(
         packet = getattr(getattr(torch.ops, NAMESPACE), registered)
         register_flop_formula(packet)(_without_out_shape(flops))
         # a C++ kernel for the key is kept: registering over it would replace it in silence
-        if not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CUDA"):
+        if cpu_only:
+            _library_of_impls.impl(registered, _refuse_cuda(op), "CUDA", allow_override=False)
+        elif not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CUDA"):
             _library_of_impls.impl(registered, op.run_triton, "CUDA", allow_override=False)
             _triton_serves_cuda.add(registered)
         if autocast:
@@ -134,6 +142,18 @@ def register(
     elif name.endswith("_backward"):
         torch.library.register_autograd(f"{NAMESPACE}::{name}", _refuse_second_derivative(name))
     return op
+
+
+def _refuse_cuda(op: Operator) -> Callable[..., Any]:
+    def refused(*args: Any) -> Any:
+        name, tensor = next((n, a) for n, a in zip(op.argument_names, args, strict=False) if _is_cuda(a))
+        raise ValueError(f"{op.name}: {name} must be on the CPU (there is no GPU kernel), got {tensor.device}")
+
+    return refused
+
+
+def _is_cuda(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_cuda
 
 
 def _backward_through(gradient: Gradient, arguments: int) -> Callable[..., Any]:
@@ -221,7 +241,7 @@ def _require_device(op: Operator, backend: str, tensor: Any) -> None:
     device = tensor.device.type if isinstance(tensor, Tensor) else type(tensor).__name__
     if device != backend:
         raise ValueError(f"{op.name}: backend must be one that runs on {device}, got {backend!r}")
-    if backend == "cuda" and not has_cuda_kernel(op.name):
+    if backend == "cuda" and not op.cpu_only and not has_cuda_kernel(op.name):
         raise ValueError(
             f"{op.name}: backend must be 'triton' here (the CUDA library has no kernel for it), got 'cuda'"
         )
@@ -229,4 +249,4 @@ def _require_device(op: Operator, backend: str, tensor: Any) -> None:
 
 def has_cuda_kernel(name: str) -> bool:
     """Whether the C++ library's kernel, not Triton's, serves CUDA tensors."""
-    return name not in _triton_serves_cuda
+    return name not in _triton_serves_cuda and not OPERATORS[name.removesuffix("_forward")].cpu_only
