@@ -8,7 +8,7 @@
 namespace embedding_kernels {
 
 struct ParagraphVectorLoops {
-  // codes[c] = 1 where z[c] > 0, else 0; slopes[c] = y (1 - y) with y = sigmoid(z[c]). In place is fine.
+  // codes[c] = 1 where z[c] > 0, else -1; slopes[c] = 2 y (1 - y) with y = sigmoid(z[c]). In place is fine.
   void (*code)(const float* z, int64_t columns, float* codes, float* slopes);
 
   // out[c] += sum over i of weights[i] * row(i)[c].

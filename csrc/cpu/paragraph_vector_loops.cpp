@@ -34,8 +34,8 @@ void code(const float* z, int64_t columns, float* codes, float* slopes) {
     // y (1 - y) is even in z: e = exp(-|z|) cannot overflow
     const Floats magnitude = float_of_bits(bits_of_float(x) & 0x7fffffffu);
     const Floats e = exp2<6>(magnitude * -kLog2E);
-    const Floats slope = e / ((1.0f + e) * (1.0f + e));
-    const Floats bits = choose(less(Floats{}, x), broadcast(1.0f), Floats{});
+    const Floats slope = 2.0f * e / ((1.0f + e) * (1.0f + e));
+    const Floats bits = choose(less(Floats{}, x), broadcast(1.0f), broadcast(-1.0f));
     if (whole) {
       store(bits, codes + c), store(slope, slopes + c);
     } else {
