@@ -54,6 +54,23 @@ def is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
+def written(op: str) -> tuple[int, ...]:
+    """Places of the arguments that the operator writes to."""
+    arguments = OPERATORS[op].overload._schema.arguments
+    return tuple(i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write)
+
+
+def fresh(op: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments, copies where the operator writes to them: so they may serve again."""
+    places = written(op)
+    return tuple(a.clone() if i in places and isinstance(a, Tensor) else a for i, a in enumerate(args))
+
+
+def everything(op: str, args: tuple[Any, ...], result: Any) -> tuple[Tensor, ...]:
+    """The outputs of a call, and what it left in the arguments that it writes to."""
+    return (*outputs(result), *(args[i] for i in written(op) if i < len(args) and args[i] is not None))
+
+
 def _load_samples() -> list[Sample]:
     samples: list[Sample] = []
     for path in sorted(TESTS.glob("*/samples.py")):

@@ -29,7 +29,7 @@ _LAZY = {
     "cu_seqlens_from_mask": ".ops.pooling",
     "use_backend": ".ops.backend",
     "BinaryIndex": ".index",
-    "BinaryParagraphVector": ".models.paragraph_vector",
+    "BinaryParagraphVector": ".models",
     "Embedder": ".models",
 }
 _SUBMODULES = ("cli", "doctor", "index", "integrations", "models", "nn", "numpy", "ops", "reference")
@@ -38,8 +38,8 @@ __all__ = [*_LAZY, "__version__"]
 
 if TYPE_CHECKING:
     from .index import BinaryIndex as BinaryIndex
+    from .models import BinaryParagraphVector as BinaryParagraphVector
     from .models import Embedder as Embedder
-    from .models.paragraph_vector import BinaryParagraphVector as BinaryParagraphVector
     from .ops.attention import merge_attention as merge_attention
     from .ops.attention import varlen_attention as varlen_attention
     from .ops.backend import use_backend as use_backend

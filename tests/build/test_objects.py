@@ -22,6 +22,7 @@ MARKS = {
     "attention_loops": {"avx2": ("vfmadd.*ymm",), "avx512": ("vfmadd.*zmm", "vdpbf16ps.*zmm"), "amx": ("tdpbf16ps",)},
     "attention_backward_loops": {"avx2": ("vfmadd.*ymm",), "avx512": ("vfmadd.*zmm",), "amx": ("vfmadd.*zmm",)},
     "hamming_loops": {"avx2": ("vpshufb.*ymm",), "avx512": ("vpopcntq.*zmm",)},
+    "paragraph_vector_loops": {"avx2": ("vfmadd.*ymm",), "avx512": ("vfmadd.*zmm",)},
     "pooling_loops": {"avx2": ("vcvtph2ps.*ymm",), "avx512": ("vcvtph2ps.*zmm",)},
 }
 FORBIDDEN = {"portable": r"%[yzt]mm", "avx2": r"%[zt]mm", "avx512": r"%tmm", "amx": r"(?!)"}

@@ -43,9 +43,28 @@ def merge(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return ek.merge_attention(q, q[..., 0].T, 2 * q, q[..., 1].T)
 
 
+def learn(documents: torch.Tensor, words: torch.Tensor, tokens: torch.Tensor, cu_seqlens: torch.Tensor):
+    """A step on copies, so that it may be called again: the losses and what has been learned."""
+    documents, words = documents.clone(), words.clone()
+    zeros, rows = words.new_zeros(words.shape[0]), torch.arange(documents.shape[0])
+    squares = documents.new_zeros(documents.shape[0])
+    log_expected = torch.zeros_like(zeros)
+    loss = ek.paragraph_vector_step(
+        documents, squares, words, zeros, zeros.clone(), rows, tokens, cu_seqlens, tokens[:2], log_expected, 0.1
+    )
+    return loss, documents, words
+
+
+def corpus(step: int) -> tuple[torch.Tensor, ...]:
+    _, cu_seqlens, mask, _ = ragged(step)
+    tokens = torch.arange(int(mask.sum()), dtype=torch.int32) % 11
+    return torch.randn(mask.shape[0], 9), torch.randn(11, 9), tokens, cu_seqlens
+
+
 CALLS = {
     "varlen_attention": lambda step: (attend, heads(step)),
     "merge_attention": lambda step: (merge, heads(step)[:1]),
+    "paragraph_vector_step": lambda step: (learn, corpus(step)),
     "pack_bits": lambda step: (ek.pack_bits, (ragged(step)[0],)),
     "hamming_distance": lambda step: (ek.hamming_distance, (codes(2 + step, 0), codes(30 + step, 1))),
     "hamming_topk": lambda step: (

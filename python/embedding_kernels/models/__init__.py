@@ -1,5 +1,7 @@
-"""Whole embedders: a transformers model, its tokenizer and pooling, behind the signatures of sentence-transformers."""
+"""Whole embedders: a transformers model, its tokenizer and pooling, behind the signatures of sentence-transformers; and
+binary paragraph vectors, which learn from texts alone."""
 
 from .embedder import Embedder as Embedder
+from .paragraph_vector import BinaryParagraphVector as BinaryParagraphVector
 
-__all__ = ["Embedder"]
+__all__ = ["BinaryParagraphVector", "Embedder"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
 
@@ -25,6 +25,9 @@ _VERSION = "1"
 _BATCH_TOKENS = 8192  # of a step: every row changes once a step, by its gradients together
 _NOISE_POWER = 0.75  # negatives are drawn by word counts to this power, as in word2vec
 _START_SCALE = 0.1  # of a document's row before it has learned
+# AdaGrad's sums of squares of all but documents start here, so that rare words learn like plain SGD at 3e-4 and codes
+# move faster than words: words that are quick to learn the first, random codes leave them nothing to learn
+_START_SQUARES = 1e6
 KINDS = ("dbow", "dm")
 
 
@@ -39,10 +42,10 @@ class ParagraphVectorOptions:
     context_dim: int = 64
     window: int = 5
     bigrams: bool | None = None
-    min_count: int = 2
-    negatives: int = 256
+    min_count: int = 5
+    negatives: int = 64
     epochs: int = 20
-    learning_rate: float = 0.2
+    learning_rate: float = 0.3
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -60,7 +63,9 @@ class ParagraphVectorOptions:
                 f"BinaryParagraphVector: learning_rate must be a finite number above 0, got {self.learning_rate!r}"
             )
         if self.kind == "dm" and self.bigrams:
-            raise ValueError("BinaryParagraphVector: bigrams must be None or False for kind 'dm', whose windows hold words")
+            raise ValueError(
+                "BinaryParagraphVector: bigrams must be None or False for kind 'dm', whose windows hold words"
+            )
 
     @property
     def uses_bigrams(self) -> bool:
@@ -109,7 +114,7 @@ class BinaryParagraphVector:
         min_count: how often a word or bigram must be seen to be known.
         negatives: words drawn in each step for the sampled softmax.
         epochs: passes over the texts, in `fit` and in `infer`.
-        learning_rate: AdaGrad's, falling linearly to 0.
+        learning_rate: AdaGrad's, falling linearly to 0 (words learn at a thousandth of it to begin with).
         seed: of everything drawn.
 
     Attributes:
@@ -234,15 +239,15 @@ class BinaryParagraphVector:
         tables = {
             "words": torch.zeros(count, options.bits + context_dim),
             "bias": probabilities.log().float(),  # the model starts from the words' frequencies
-            "word_squares": torch.zeros(count),
+            "word_squares": torch.full((count,), _START_SQUARES),
         }
         if options.real_dim is not None:
             scale = options.real_dim**-0.5 / _START_SCALE
             tables["projection"] = torch.randn(options.real_dim, options.bits, generator=generator) * scale
-            tables["projection_squares"] = torch.zeros(options.real_dim)
+            tables["projection_squares"] = torch.full((options.real_dim,), _START_SQUARES)
         if context_dim:
             tables["context"] = torch.randn(count, context_dim, generator=generator) * _START_SCALE
-            tables["context_squares"] = torch.zeros(count)
+            tables["context_squares"] = torch.full((count,), _START_SQUARES)
         return tables
 
     def _train(

@@ -50,12 +50,14 @@ def paragraph_vector_step(
 
     Document i of the batch is row ``rows[i]`` of ``documents`` and holds the words ``tokens[cu_seqlens[i]]`` to
     ``tokens[cu_seqlens[i + 1]]``. From its row comes ``z = documents[rows[i]]``, or ``documents[rows[i]] @ projection``
-    (Real-Binary), and from that the code: with y = sigmoid(z),
+    (Real-Binary), and from that the features x of its code:
 
-    - ``binary``: c = round(y), which is [z > 0]; its gradient pretends no rounding, ∂L/∂z = ∂L/∂c · y (1 - y);
-    - else c = z (plain paragraph vectors).
+    - ``binary``: x = 2 round(y) - 1 with y = sigmoid(z), so 1 where z > 0, else -1; its gradient pretends no rounding,
+      ∂L/∂z = ∂L/∂x · 2 y (1 - y). The paper's W round(y) + β is the same model with other W and β; over bits 0 and 1
+      every row of W has a common direction to learn, in which AdaGrad drifts until all codes are zeros;
+    - else x = z (plain paragraph vectors).
 
-    The features of a token are c (PV-DBOW), or, with ``context``, c followed by the mean of the rows of ``context`` of
+    The features of a token are x (PV-DBOW), or, with ``context``, x followed by the mean of the rows of ``context`` of
     the words at most ``window`` places away in the same document (PV-DM; 0 where there are none). The logit of word w
     is ``words[w] · features + bias[w] - log_expected[w]``; a token's loss is that of a softmax over its word and the
     ``negatives``, those equal to its word left out (sampled softmax). Gradients are summed over the batch. Each row that

@@ -22,9 +22,9 @@ class Gradients(NamedTuple):
 
 
 def binary_code(z: Tensor) -> tuple[Tensor, Tensor]:
-    """The code [z > 0] (sigmoid(z), rounded) and the slope y (1 - y) of sigmoid, which its gradient pretends."""
+    """2 round(y) - 1 for y = sigmoid(z), and 2 y (1 - y), the slope that its gradient pretends."""
     y = torch.sigmoid(z)
-    return (z > 0).to(z.dtype), y * (1 - y)
+    return torch.where(z > 0, 1.0, -1.0).to(z.dtype), 2 * y * (1 - y)
 
 
 def context_weights(cu_seqlens: Tensor, window: int, dtype: torch.dtype) -> Tensor:
