@@ -119,9 +119,8 @@ def _hyperplanes(split: Split) -> list[Row]:
     for bits in (32, 128):
         planes = np.random.default_rng(_SEED).standard_normal((width, bits), dtype=np.float32)
         codes = np.packbits(rows @ planes > 0, axis=1)
-        found.append(
-            (f"TF-IDF, random hyperplanes, {bits} bits", bits / 8, _bits_quality(codes, bits, split.categories))
-        )
+        quality = _bits_quality(codes, bits, split.categories)
+        found.append((f"TF-IDF, random hyperplanes, {bits} bits", bits / 8, quality))
     quality = by_score(lambda block: (rows[block] @ rows.T).toarray(), split.categories)
     return [*found, ("TF-IDF, cosine", 8 * rows.nnz / rows.shape[0], quality)]
 
@@ -152,10 +151,9 @@ def _minilm(split: Split) -> list[Row]:
 
 
 def _chance(split: Split) -> list[Row]:
-    count = len(split.held_out)
-    return [
-        ("chance", 0.0, by_distance(lambda block: np.zeros((len(range(count)[block]), count)), 0, split.categories))
-    ]
+    """All distances equal: what any order is worth on average."""
+    codes = np.zeros((len(split.held_out), 1), dtype=np.uint8)
+    return [("chance", 0.0, _bits_quality(codes, 1, split.categories))]
 
 
 MODELS: dict[str, Callable[[Split], list[Row]]] = {
@@ -194,9 +192,16 @@ def main() -> int:
         where = machine.facts(torch.device("cpu"), torch.get_num_threads())
         date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         found_all = {
-            "schema": 1, "family": "paragraph_vector_retrieval", "date": date, "git": machine.commit(), "machine": where,
-            "versions": machine.versions(), "texts": len(split.training), "held_out": len(split.held_out), "rows": rows,
-        }  # fmt: skip
+            "schema": 1,
+            "family": "paragraph_vector_retrieval",
+            "date": date,
+            "git": machine.commit(),
+            "machine": where,
+            "versions": machine.versions(),
+            "learned_from": len(split.training),
+            "held_out": len(split.held_out),
+            "rows": rows,
+        }
         path = arguments.output / f"{machine.slug(where)}-paragraph_vector_retrieval.json"
         results.write(found_all, path)
         print(path)

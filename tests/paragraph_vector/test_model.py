@@ -77,7 +77,7 @@ def test_without_learning_there_are_no_topics():
     assert topic_gap(idle.codes, corpus()[1]) < 1.1
 
 
-def test_a_wrong_sign_would_be_seen(monkeypatch):
+def test_a_wrong_sign_would_be_seen(fitted, monkeypatch):
     step = paragraph_vector.paragraph_vector_step
 
     def uphill(documents, *rest):
@@ -87,7 +87,22 @@ def test_a_wrong_sign_would_be_seen(monkeypatch):
         return loss
 
     monkeypatch.setattr(paragraph_vector, "paragraph_vector_step", uphill)
-    assert topic_gap(model().fit(corpus()[0]).codes, corpus()[1]) < 1.2
+    texts, topics = corpus()
+    nearest = distances(fitted["dbow"].infer(texts).codes, fitted["dbow"].codes).argmin(1)
+    assert (topics[nearest] == topics).mean() < 0.3
+
+
+@by_kind
+def test_the_loss_falls(kind, monkeypatch):
+    losses = []
+    step = paragraph_vector.paragraph_vector_step
+
+    def recorded(*args):
+        losses.append(float(step(*args).mean()))
+
+    monkeypatch.setattr(paragraph_vector, "paragraph_vector_step", recorded)
+    model(**KINDS[kind]).fit(corpus()[0])
+    assert losses[-1] < 0.9 * losses[0]
 
 
 @by_kind

@@ -48,8 +48,8 @@ def stepped(case: str, backend: str, dtype: torch.dtype = torch.float32) -> tupl
 
 
 def magnitudes(values: dict[str, object]) -> tuple[Tensor, definition.Gradients]:
-    """Loss and gradients with every term's absolute value. An error of a logit is a relative error of the probabilities,
-    so these count as often as the logits are large."""
+    """Loss and gradients with every term's absolute value. An error of a logit is a relative error of probabilities, so
+    these count as often as the logits are large."""
     documents, words, context, projection = (values[name] for name in ("documents", "words", "context", "projection"))
     tokens, negatives, cu_seqlens = values["tokens"].long(), values["negatives"].long(), values["cu_seqlens"]
     rows = documents[values["rows"]]

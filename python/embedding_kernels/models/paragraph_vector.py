@@ -63,9 +63,7 @@ class ParagraphVectorOptions:
                 f"BinaryParagraphVector: learning_rate must be a finite number above 0, got {self.learning_rate!r}"
             )
         if self.kind == "dm" and self.bigrams:
-            raise ValueError(
-                "BinaryParagraphVector: bigrams must be None or False for kind 'dm', whose windows hold words"
-            )
+            raise ValueError("BinaryParagraphVector: bigrams must be None or False for kind 'dm', got True")
 
     @property
     def uses_bigrams(self) -> bool:

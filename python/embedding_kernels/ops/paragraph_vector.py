@@ -60,9 +60,9 @@ def paragraph_vector_step(
     The features of a token are x (PV-DBOW), or, with ``context``, x followed by the mean of the rows of ``context`` of
     the words at most ``window`` places away in the same document (PV-DM; 0 where there are none). The logit of word w
     is ``words[w] · features + bias[w] - log_expected[w]``; a token's loss is that of a softmax over its word and the
-    ``negatives``, those equal to its word left out (sampled softmax). Gradients are summed over the batch. Each row that
-    took part is then changed once, by AdaGrad with one rate a row (g its gradient, a word's bias counting as one more
-    column):
+    ``negatives``, those equal to its word left out (sampled softmax). Gradients are summed over the batch. Each row
+    that took part is then changed once, by AdaGrad with one rate a row (g its gradient, a word's bias counting as one
+    more column):
 
         squares += mean(g²);  row -= learning_rate · g / sqrt(squares + 1e-12)
 
