@@ -50,7 +50,7 @@ class _Training:
         bias = (vocabulary.counts / vocabulary.counts.sum()).log()
         self.tables = [
             torch.randn(count, bits, generator=seeded) * 0.1, torch.zeros(count),
-            torch.zeros(words, bits), bias, torch.full((words,), 1e6),
+            torch.zeros(words, bits), bias, torch.full((words,), 1e7),
         ]  # fmt: skip
 
     def run(self, turn: int) -> torch.Tensor:

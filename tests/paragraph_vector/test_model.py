@@ -101,7 +101,7 @@ def test_the_loss_falls(kind, monkeypatch):
         losses.append(float(step(*args).mean()))
 
     monkeypatch.setattr(paragraph_vector, "paragraph_vector_step", recorded)
-    model(**KINDS[kind]).fit(corpus()[0])
+    model(**KINDS[kind], learning_rate=1.0).fit(corpus()[0])
     assert losses[-1] < 0.9 * losses[0]
 
 

@@ -25,9 +25,9 @@ _VERSION = "1"
 _BATCH_TOKENS = 8192  # of a step: every row changes once a step, by its gradients together
 _NOISE_POWER = 0.75  # negatives are drawn by word counts to this power, as in word2vec
 _START_SCALE = 0.1  # of a document's row before it has learned
-# AdaGrad's sums of squares of all but documents start here, so that rare words learn like plain SGD at 3e-4 and codes
+# AdaGrad's sums of squares of all but documents start here, so that rare words learn like plain SGD at 1e-4 and codes
 # move faster than words: words that are quick to learn the first, random codes leave them nothing to learn
-_START_SQUARES = 1e6
+_START_SQUARES = 1e7
 KINDS = ("dbow", "dm")
 
 
@@ -44,7 +44,7 @@ class ParagraphVectorOptions:
     bigrams: bool | None = None
     min_count: int = 5
     negatives: int = 64
-    epochs: int = 20
+    epochs: int = 40
     learning_rate: float = 0.3
     seed: int = 0
 
@@ -112,7 +112,7 @@ class BinaryParagraphVector:
         min_count: how often a word or bigram must be seen to be known.
         negatives: words drawn in each step for the sampled softmax.
         epochs: passes over the texts, in `fit` and in `infer`.
-        learning_rate: AdaGrad's, falling linearly to 0 (words learn at a thousandth of it to begin with).
+        learning_rate: AdaGrad's, falling linearly to 0 (that of words starts at 3e-4 of it).
         seed: of everything drawn.
 
     Attributes:
