@@ -1,6 +1,10 @@
 // Compiled once for each level of instruction set. No torch, no STL, no threads: a weak symbol from a header, compiled
 // here with AVX-512, could be the copy that the linker gives to everybody.
-#include "hamming_tiles.h"
+#if defined(EK_ISA_AMX)
+#include "hamming_product.h"
+#else
+#include "hamming_lanes.h"
+#endif
 
 namespace embedding_kernels {
 namespace {
@@ -147,19 +151,40 @@ inline __m512i difference_of_eight(const uint8_t* query, __m512i short_query, __
   return sum_lanes(sums);
 }
 
-void distances(const uint8_t* query, const uint8_t* codes, int64_t stride, int64_t count, int64_t bytes, int32_t* out) {
-  const bool short_codes = bytes > 0 && bytes <= 64;
-  const __mmask64 mask = short_codes ? ~uint64_t{0} >> (64 - bytes) : 0;
-  const __m512i short_query = _mm512_maskz_loadu_epi8(mask, query);
+// So many bytes ahead of the codes that are read.
+constexpr int64_t kFetchBytes = 4096;
+
+// Up to 32 codes; bit n of the answer is set where code n is nearer than the bound.
+template <bool short_codes>
+inline uint32_t compare_group(const Comparison& c, const uint8_t* codes, int64_t count, __m512i query, __mmask64 mask,
+                              int32_t* out) {
+  const __m256i bound = _mm256_set1_epi32(c.bounds[0]);
+  uint32_t near = 0;
   int64_t n = 0;
   for (; n + 8 <= count; n += 8) {
-    const uint8_t* eight = codes + n * stride;
-    const __m512i sums = short_codes ? difference_of_eight<true>(query, short_query, mask, eight, stride, bytes)
-                                     : difference_of_eight<false>(query, short_query, mask, eight, stride, bytes);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + n), _mm512_cvtepi64_epi32(sums));
+    const uint8_t* eight = codes + n * c.stride;
+    for (int64_t byte = 0; byte < 8 * c.stride; byte += 64) __builtin_prefetch(eight + kFetchBytes + byte);
+    const __m256i sums =
+        _mm512_cvtepi64_epi32(difference_of_eight<short_codes>(c.queries, query, mask, eight, c.stride, c.bytes));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + n), sums);
+    near |= static_cast<uint32_t>(_mm256_cmplt_epi32_mask(sums, bound)) << n;
   }
   for (; n < count; ++n) {
-    out[n] = static_cast<int32_t>(_mm512_reduce_add_epi64(count_difference(query, codes + n * stride, bytes)));
+    out[n] = static_cast<int32_t>(_mm512_reduce_add_epi64(count_difference(c.queries, codes + n * c.stride, c.bytes)));
+    near |= static_cast<uint32_t>(out[n] < c.bounds[0]) << n;
+  }
+  return near;
+}
+
+void distances(const Comparison& c) {
+  const bool short_codes = c.bytes > 0 && c.bytes <= 64;
+  const __mmask64 mask = short_codes ? ~uint64_t{0} >> (64 - c.bytes) : 0;
+  const __m512i query = _mm512_maskz_loadu_epi8(mask, c.queries);
+  for (int64_t n = 0; n < c.count; n += kGroupCodes) {
+    const int64_t here = c.count - n < kGroupCodes ? c.count - n : kGroupCodes;
+    const uint8_t* codes = c.codes + n * c.stride;
+    c.near[n / kGroupCodes] = short_codes ? compare_group<true>(c, codes, here, query, mask, c.out + n)
+                                          : compare_group<false>(c, codes, here, query, mask, c.out + n);
   }
 }
 
@@ -189,64 +214,30 @@ inline int32_t code_distance(const uint8_t* query, const uint8_t* code, int64_t 
   return static_cast<int32_t>(sum);
 }
 
-void distances(const uint8_t* query, const uint8_t* codes, int64_t stride, int64_t count, int64_t bytes, int32_t* out) {
-  for (int64_t n = 0; n < count; ++n) out[n] = code_distance(query, codes + n * stride, bytes);
+void distances(const Comparison& c) {
+  for (int64_t group = 0; group * kGroupCodes < c.count; ++group) {
+    uint32_t near = 0;
+    for (int64_t i = 0, n = group * kGroupCodes; i < kGroupCodes && n < c.count; ++i, ++n) {
+      c.out[n] = code_distance(c.queries, c.codes + n * c.stride, c.bytes);
+      near |= static_cast<uint32_t>(c.out[n] < c.bounds[0]) << i;
+    }
+    c.near[group] = near;
+  }
 }
 
 #endif
-
-// ---- selection ----
-
-int64_t select(const int32_t* distances, int64_t count, int32_t bound, int64_t first, int32_t* out_distances,
-               int64_t* out_indices) {
-  int64_t found = 0, n = 0;
-#if defined(EK_ISA_AVX512)
-  const __m512i limit = _mm512_set1_epi32(bound);
-  for (; n + 16 <= count; n += 16) {
-    const __m512i sixteen = _mm512_loadu_si512(distances + n);
-    unsigned near = _mm512_cmplt_epi32_mask(sixteen, limit);
-    for (; near != 0; near &= near - 1, ++found) {
-      const int64_t place = n + __builtin_ctz(near);
-      out_distances[found] = distances[place];
-      out_indices[found] = first + place;
-    }
-  }
-#elif defined(EK_ISA_AVX2)
-  const __m256i limit = _mm256_set1_epi32(bound);
-  for (; n + 8 <= count; n += 8) {
-    const __m256i eight = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(distances + n));
-    unsigned near = static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(limit, eight))));
-    for (; near != 0; near &= near - 1, ++found) {
-      const int64_t place = n + __builtin_ctz(near);
-      out_distances[found] = distances[place];
-      out_indices[found] = first + place;
-    }
-  }
-#endif
-  for (; n < count; ++n) {
-    if (distances[n] < bound) {
-      out_distances[found] = distances[n];
-      out_indices[found++] = first + n;
-    }
-  }
-  return found;
-}
 
 }  // namespace
 
 extern const HammingLoops EK_LEVEL_NAME(hamming_loops) = {
     {pack_bits<kFloat32>, pack_bits<kBFloat16>, pack_bits<kFloat16>},
     distances,
-    kTileCodes,
-    kTileQueries,
-    kWordBytes,
-    kQueryBytes,
-    kTileFrom,
-    kTileBytes,
+    kBlockQueries,
+    block_bytes,
     lay_queries,
-    lay_codes,
-    tile_distances,
-    select,
+    kManyQueries,
+    scratch_bytes,
+    many_distances,
 };
 
 }  // namespace embedding_kernels
