@@ -135,28 +135,66 @@ inline __m512i count_difference(const uint8_t* query, const uint8_t* code, int64
   return sum;
 }
 
-// Codes of at most 64 bytes: the query stays in a register.
-template <bool short_codes>
-inline __m512i difference_of_eight(const uint8_t* query, __m512i short_query, __mmask64 short_mask,
-                                   const uint8_t* codes, int64_t stride, int64_t bytes) {
-  __m512i sums[8];
-  for (int lane = 0; lane < 8; ++lane) {
-    const uint8_t* code = codes + lane * stride;
-    if constexpr (short_codes) {
-      sums[lane] = _mm512_popcnt_epi64(_mm512_xor_si512(short_query, _mm512_maskz_loadu_epi8(short_mask, code)));
-    } else {
-      sums[lane] = count_difference(query, code, bytes);
+// How codes lie: apart, each in one or two vectors so that the query stays in registers; or several to a vector.
+enum class Lie { anyhow, one_vector, two_vectors, four_a_vector, two_a_vector };
+
+struct Query {
+  __m512i first, second;
+  __mmask64 last;  // the bytes of its last vector
+};
+
+inline __m512i ones_of_difference(const uint8_t* code, __m512i query) {
+  return _mm512_popcnt_epi64(_mm512_xor_si512(query, _mm512_loadu_si512(code)));
+}
+inline __m512i ones_of_last(const uint8_t* code, __m512i query, __mmask64 last) {
+  return _mm512_popcnt_epi64(_mm512_xor_si512(query, _mm512_maskz_loadu_epi8(last, code)));
+}
+inline __m512i add_neighbours(__m512i a, __m512i b) {
+  return _mm512_add_epi64(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+}
+
+// Distances to eight codes; `query` is repeated where several codes share a vector.
+template <Lie lie>
+inline __m256i eight_distances(const Comparison& c, const uint8_t* codes, const Query& query) {
+  if constexpr (lie == Lie::four_a_vector) {
+    // codes 0, 4, 1, 5, 2, 6, 3, 7
+    const __m512i sums =
+        add_neighbours(ones_of_difference(codes, query.first), ones_of_difference(codes + 64, query.first));
+    const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+    return _mm512_cvtepi64_epi32(_mm512_permutexvar_epi64(order, sums));
+  } else if constexpr (lie == Lie::two_a_vector) {
+    const __m512i low =
+        add_neighbours(ones_of_difference(codes, query.first), ones_of_difference(codes + 64, query.first));
+    const __m512i high =
+        add_neighbours(ones_of_difference(codes + 128, query.first), ones_of_difference(codes + 192, query.first));
+    // in both, lanes 0 and 2 belong to the first code, 4 and 6 to the second, the odd ones to the next two
+    const __m512i first = _mm512_setr_epi64(0, 4, 1, 5, 8, 12, 9, 13),
+                  second = _mm512_setr_epi64(2, 6, 3, 7, 10, 14, 11, 15);
+    return _mm512_cvtepi64_epi32(
+        _mm512_add_epi64(_mm512_permutex2var_epi64(low, first, high), _mm512_permutex2var_epi64(low, second, high)));
+  } else {
+    __m512i sums[8];
+    for (int lane = 0; lane < 8; ++lane) {
+      const uint8_t* code = codes + lane * c.stride;
+      if constexpr (lie == Lie::one_vector) {
+        sums[lane] = ones_of_last(code, query.first, query.last);
+      } else if constexpr (lie == Lie::two_vectors) {
+        sums[lane] =
+            _mm512_add_epi64(ones_of_difference(code, query.first), ones_of_last(code + 64, query.second, query.last));
+      } else {
+        sums[lane] = count_difference(c.queries, code, c.bytes);
+      }
     }
+    return _mm512_cvtepi64_epi32(sum_lanes(sums));
   }
-  return sum_lanes(sums);
 }
 
 // So many bytes ahead of the codes that are read.
-constexpr int64_t kFetchBytes = 4096;
+constexpr int64_t kFetchBytes = 1536;
 
 // Up to 32 codes; bit n of the answer is set where code n is nearer than the bound.
-template <bool short_codes>
-inline uint32_t compare_group(const Comparison& c, const uint8_t* codes, int64_t count, __m512i query, __mmask64 mask,
+template <Lie lie>
+inline uint32_t compare_group(const Comparison& c, const uint8_t* codes, int64_t count, const Query& query,
                               int32_t* out) {
   const __m256i bound = _mm256_set1_epi32(c.bounds[0]);
   uint32_t near = 0;
@@ -164,8 +202,7 @@ inline uint32_t compare_group(const Comparison& c, const uint8_t* codes, int64_t
   for (; n + 8 <= count; n += 8) {
     const uint8_t* eight = codes + n * c.stride;
     for (int64_t byte = 0; byte < 8 * c.stride; byte += 64) __builtin_prefetch(eight + kFetchBytes + byte);
-    const __m256i sums =
-        _mm512_cvtepi64_epi32(difference_of_eight<short_codes>(c.queries, query, mask, eight, c.stride, c.bytes));
+    const __m256i sums = eight_distances<lie>(c, eight, query);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + n), sums);
     near |= static_cast<uint32_t>(_mm256_cmplt_epi32_mask(sums, bound)) << n;
   }
@@ -176,15 +213,33 @@ inline uint32_t compare_group(const Comparison& c, const uint8_t* codes, int64_t
   return near;
 }
 
-void distances(const Comparison& c) {
-  const bool short_codes = c.bytes > 0 && c.bytes <= 64;
-  const __mmask64 mask = short_codes ? ~uint64_t{0} >> (64 - c.bytes) : 0;
-  const __m512i query = _mm512_maskz_loadu_epi8(mask, c.queries);
+template <Lie lie>
+void compare(const Comparison& c, const Query& query) {
   for (int64_t n = 0; n < c.count; n += kGroupCodes) {
     const int64_t here = c.count - n < kGroupCodes ? c.count - n : kGroupCodes;
-    const uint8_t* codes = c.codes + n * c.stride;
-    c.near[n / kGroupCodes] = short_codes ? compare_group<true>(c, codes, here, query, mask, c.out + n)
-                                          : compare_group<false>(c, codes, here, query, mask, c.out + n);
+    c.near[n / kGroupCodes] = compare_group<lie>(c, c.codes + n * c.stride, here, query, c.out + n);
+  }
+}
+
+void distances(const Comparison& c) {
+  const int64_t last_bytes = c.bytes % 64 == 0 ? 64 : c.bytes % 64;
+  const bool dense = c.stride == c.bytes;
+  Query query = {_mm512_setzero_si512(), _mm512_setzero_si512(), ~uint64_t{0} >> (64 - last_bytes)};
+  if (dense && c.bytes == 16) {
+    query.first = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(c.queries)));
+    compare<Lie::four_a_vector>(c, query);
+  } else if (dense && c.bytes == 32) {
+    query.first = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(c.queries)));
+    compare<Lie::two_a_vector>(c, query);
+  } else if (c.bytes > 0 && c.bytes <= 64) {
+    query.first = _mm512_maskz_loadu_epi8(query.last, c.queries);
+    compare<Lie::one_vector>(c, query);
+  } else if (c.bytes > 64 && c.bytes <= 128) {
+    query.first = _mm512_loadu_si512(c.queries);
+    query.second = _mm512_maskz_loadu_epi8(query.last, c.queries + 64);
+    compare<Lie::two_vectors>(c, query);
+  } else {
+    compare<Lie::anyhow>(c, query);
   }
 }
 
