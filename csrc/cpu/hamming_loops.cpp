@@ -189,8 +189,9 @@ inline __m256i eight_distances(const Comparison& c, const uint8_t* codes, const 
   }
 }
 
-// So many bytes ahead of the codes that are read.
-constexpr int64_t kFetchBytes = 1536;
+// So many bytes ahead of the codes that are read: across the next page's start into the second cache, which the
+// processor itself does not do, and then into the first.
+constexpr int64_t kFetchFar = 4096, kFetchNear = 1024;
 
 // Up to 32 codes; bit n of the answer is set where code n is nearer than the bound.
 template <Lie lie>
@@ -201,7 +202,10 @@ inline uint32_t compare_group(const Comparison& c, const uint8_t* codes, int64_t
   int64_t n = 0;
   for (; n + 8 <= count; n += 8) {
     const uint8_t* eight = codes + n * c.stride;
-    for (int64_t byte = 0; byte < 8 * c.stride; byte += 64) __builtin_prefetch(eight + kFetchBytes + byte);
+    for (int64_t byte = 0; byte < 8 * c.stride; byte += 64) {
+      __builtin_prefetch(eight + kFetchFar + byte, 0, 2);
+      __builtin_prefetch(eight + kFetchNear + byte);
+    }
     const __m256i sums = eight_distances<lie>(c, eight, query);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + n), sums);
     near |= static_cast<uint32_t>(_mm256_cmplt_epi32_mask(sums, bound)) << n;
