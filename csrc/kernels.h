@@ -41,6 +41,16 @@ std::tuple<Tensor, Tensor, Tensor> hamming_range(Tensor queries, Tensor codes, i
 std::tuple<Tensor, Tensor> rescore_topk(Tensor queries, Tensor candidates, Tensor vectors, int64_t k,
                                         std::optional<Tensor> scale);
 
+std::tuple<Tensor, Tensor> add_rms_norm(Tensor x, std::optional<Tensor> residual, Tensor weight, double eps,
+                                        bool one_plus_weight);
+std::tuple<Tensor, Tensor> add_rms_norm_backward(Tensor grad_normed, std::optional<Tensor> grad_summed, Tensor summed,
+                                                 Tensor weight, double eps, bool one_plus_weight);
+std::tuple<Tensor, Tensor> add_layer_norm(Tensor x, std::optional<Tensor> residual, Tensor weight,
+                                          std::optional<Tensor> bias, double eps);
+std::tuple<Tensor, Tensor, Tensor> add_layer_norm_backward(Tensor grad_normed, std::optional<Tensor> grad_summed,
+                                                           Tensor summed, Tensor weight, std::optional<Tensor> bias,
+                                                           double eps);
+
 Tensor segment_pool(Tensor hidden, Tensor cu_seqlens, std::string mode, int64_t m, std::optional<Tensor> weights,
                     bool normalize, std::optional<int64_t> truncate_dim, std::optional<ScalarType> out_dtype);
 std::tuple<Tensor, Tensor> segment_pool_backward(Tensor grad, std::optional<Tensor> hidden, Tensor cu_seqlens,

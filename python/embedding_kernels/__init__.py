@@ -21,6 +21,8 @@ _LAZY = {
     "hamming_topk": ".ops.hamming",
     "hamming_range": ".ops.hamming",
     "rescore_topk": ".ops.hamming",
+    "add_rms_norm": ".ops.norm",
+    "add_layer_norm": ".ops.norm",
     "segment_pool": ".ops.pooling",
     "segment_pool_pack_bits": ".ops.pooling",
     "pack_padded": ".ops.pooling",
@@ -28,6 +30,7 @@ _LAZY = {
     "cu_seqlens_from_mask": ".ops.pooling",
     "use_backend": ".ops.backend",
     "BinaryIndex": ".index",
+    "ShardedBinaryIndex": ".index",
     "Embedder": ".models",
 }
 _SUBMODULES = ("cli", "doctor", "index", "integrations", "models", "nn", "numpy", "ops", "reference")
@@ -36,6 +39,7 @@ __all__ = [*_LAZY, "__version__"]
 
 if TYPE_CHECKING:
     from .index import BinaryIndex as BinaryIndex
+    from .index import ShardedBinaryIndex as ShardedBinaryIndex
     from .models import Embedder as Embedder
     from .ops.attention import merge_attention as merge_attention
     from .ops.attention import varlen_attention as varlen_attention
@@ -45,6 +49,8 @@ if TYPE_CHECKING:
     from .ops.hamming import hamming_topk as hamming_topk
     from .ops.hamming import pack_bits as pack_bits
     from .ops.hamming import rescore_topk as rescore_topk
+    from .ops.norm import add_layer_norm as add_layer_norm
+    from .ops.norm import add_rms_norm as add_rms_norm
     from .ops.pooling import cu_seqlens_from_mask as cu_seqlens_from_mask
     from .ops.pooling import pack_padded as pack_padded
     from .ops.pooling import segment_pool as segment_pool

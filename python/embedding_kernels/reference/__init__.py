@@ -2,6 +2,7 @@
 
 from . import attention as attention
 from . import hamming as hamming
+from . import norm as norm
 from . import pooling as pooling
 from .attention import merge_attention as merge_attention
 from .attention import varlen_attention as varlen_attention
@@ -10,6 +11,8 @@ from .hamming import hamming_range as hamming_range
 from .hamming import hamming_topk as hamming_topk
 from .hamming import pack_bits as pack_bits
 from .hamming import rescore_topk as rescore_topk
+from .norm import add_layer_norm as add_layer_norm
+from .norm import add_rms_norm as add_rms_norm
 from .pooling import pack_padded as pack_padded
 from .pooling import segment_pool as segment_pool
 from .pooling import segment_pool_pack_bits as segment_pool_pack_bits
