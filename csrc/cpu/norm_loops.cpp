@@ -16,8 +16,6 @@ inline float sum_of(Floats x) {
   return lanes[0];
 }
 
-inline float square_root(float x) { return __builtin_sqrtf(x); }
-
 // Calls visit(column, part, tail) for every vector of a row; tail is a compile-time constant, part the values in it.
 struct Whole {
   static constexpr bool value = false;
@@ -51,37 +49,56 @@ struct Moments {
   float mean, scale;
 };
 
-// Of a row in scratch, which has zeros past its end up to a whole vector.
-inline Moments moments(const NormKind& kind, const float* row) {
+// Of a row in scratch, which has zeros past its end up to a whole vector; `sum` is that of its values, or of their
+// squares where it is not centred.
+inline Moments moments(const NormKind& kind, const float* row, float sum) {
   const float count = static_cast<float>(kind.dim);
-  const auto values = [&](int64_t column, int64_t, auto) { return load_scratch(row, column); };
-  const float mean = kind.centred ? sum_vectors(kind.dim, values) / count : 0.0f;
-  const Floats middle = broadcast(mean);
-  const float squares = sum_vectors(kind.dim, [&](int64_t column, int64_t part, auto) {
+  if (!kind.centred) return {0.0f, 1.0f / __builtin_sqrtf(sum / count + kind.eps)};
+  const Floats middle = broadcast(sum / count);
+  const float squares = sum_vectors(kind.dim, [&](int64_t column, int64_t part, auto tail) {
     Floats x = load_scratch(row, column) - middle;
-    for (int64_t i = part; i < kWidth; ++i) x[i] = 0;
+    if constexpr (tail.value) {
+      for (int64_t i = part; i < kWidth; ++i) x[i] = 0;
+    }
     return x * x;
   });
-  return {mean, 1.0f / square_root(squares / count + kind.eps)};
+  return {sum / count, 1.0f / __builtin_sqrtf(squares / count + kind.eps)};
 }
 
-// The row as float32, rounded to its dtype where something was added.
-template <Dtype dtype>
-inline void take_row(const void* x, const void* residual, int64_t dim, void* summed, float* scratch) {
-  for_vectors(dim, [&](int64_t column, int64_t part, auto tail) {
+// A vector as it is once it has been stored.
+template <Dtype dtype, bool partial>
+inline Floats store_rounded(Floats value, void* row, int64_t column, int64_t part) {
+  typename Element<dtype>::Stored stored[kWidth];
+  Element<dtype>::store(value, stored);
+  __builtin_memcpy(at<dtype>(row, column), stored, sizeof(stored[0]) * (partial ? part : kWidth));
+  return Element<dtype>::load(stored);
+}
+
+// The row as float32 in scratch, rounded to its dtype where something was added; the sum that `moments` wants.
+template <Dtype dtype, bool centred, bool adds>
+inline float take_row(const void* x, const void* residual, int64_t dim, void* summed, float* scratch) {
+  return sum_vectors(dim, [&](int64_t column, int64_t part, auto tail) {
     Floats value = load_at<dtype, tail.value>(x, column, part);
-    if (residual != nullptr) {
-      store_at<dtype, tail.value>(value + load_at<dtype, tail.value>(residual, column, part), summed, column, part);
-      value = load_at<dtype, tail.value>(summed, column, part);
+    if constexpr (adds) {
+      value += load_at<dtype, tail.value>(residual, column, part);
+      value = store_rounded<dtype, tail.value>(value, summed, column, part);
     }
     Element<kFloat32>::store(value, scratch + column);
+    return centred ? value : value * value;
   });
+}
+
+template <Dtype dtype>
+inline Moments take_moments(const NormKind& kind, const void* x, const void* residual, void* summed, float* scratch) {
+  const bool adds = residual != nullptr;
+  const auto take = kind.centred ? (adds ? take_row<dtype, true, true> : take_row<dtype, true, false>)
+                                 : (adds ? take_row<dtype, false, true> : take_row<dtype, false, false>);
+  return moments(kind, scratch, take(x, residual, kind.dim, summed, scratch));
 }
 
 template <Dtype dtype>
 void forward(const NormKind& kind, const void* x, const void* residual, void* normed, void* summed, float* scratch) {
-  take_row<dtype>(x, residual, kind.dim, summed, scratch);
-  const Moments of_row = moments(kind, scratch);
+  const Moments of_row = take_moments<dtype>(kind, x, residual, summed, scratch);
   const Floats mean = broadcast(of_row.mean), scale = broadcast(of_row.scale);
   for_vectors(kind.dim, [&](int64_t column, int64_t part, auto tail) {
     const Floats weight = load_at<kFloat32, tail.value>(kind.weight, column, part);
@@ -106,8 +123,7 @@ void backward(const NormKind& kind, const void* grad, const void* grad_summed, c
   const int64_t room = (kind.dim + kWidth - 1) / kWidth * kWidth;
   float* const normal = scratch;
   float* const weighted = scratch + room;
-  take_row<dtype>(summed, nullptr, kind.dim, nullptr, normal);
-  const Moments of_row = moments(kind, normal);
+  const Moments of_row = take_moments<dtype>(kind, summed, nullptr, nullptr, normal);
   const Floats mean = broadcast(of_row.mean), scale = broadcast(of_row.scale);
   for_vectors(kind.dim, [&](int64_t column, int64_t part, auto tail) {
     const Floats n = (load_scratch(normal, column) - mean) * scale;
