@@ -133,7 +133,7 @@ def test_the_second_writer_is_refused_and_nothing_is_lost(tmp_path: Path) -> Non
     first.add(vectors_of(5, DIM, seed=1))
     first.save(path)
     second.add(vectors_of(7, DIM, seed=2))
-    message = "load it and repeat the changes, or save to another path"
+    message = "load it and repeat the changes, save to another path, or replace it"
     for other in (second, filled(vectors_of(3, DIM))):
         with pytest.raises(RuntimeError, match=message) as refusal:
             other.save(path)
@@ -147,6 +147,26 @@ def test_the_second_writer_is_refused_and_nothing_is_lost(tmp_path: Path) -> Non
     assert len(BinaryIndex.load(path)) == 32
     with pytest.raises(RuntimeError, match=message):
         first.save(path)
+
+
+def test_another_index_is_replaced_only_when_told(tmp_path: Path) -> None:
+    path = tmp_path / "index"
+    first = BinaryIndex(rescore_vectors="int8")
+    first.add(vectors_of(20, DIM))
+    first.save(path)
+    second = BinaryIndex(rescore_vectors="int8")
+    second.add(3 * vectors_of(7, DIM, seed=1))
+    with pytest.raises(RuntimeError, match="overwrite=True"):
+        second.save(path)
+    assert len(BinaryIndex.load(path)) == 20
+    second.save(path, overwrite=True)
+    loaded, queries = BinaryIndex.load(path), vectors_of(3, DIM, seed=99)
+    compare(loaded.search(queries, 5, 2), second.search(queries, 5, 2))
+    with pytest.raises(RuntimeError, match="not loaded from"):
+        first.save(path)
+    second.remove_ids([0])
+    second.save(path)
+    assert len(BinaryIndex.load(path)) == 6
 
 
 _HOLDS_THE_LOCK = """

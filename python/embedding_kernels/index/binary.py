@@ -376,16 +376,19 @@ class BinaryIndex:
         made.add(codes, ids)
         return made
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write the index to a directory, all or nothing; again to the same one, only what is new.
 
         What is written is memory-mapped from then on (on a CPU), so that an index larger than memory can be built by
         adding and saving in turns. Each save of new rows adds a file; when there are many, `compact` merges them first.
         An interrupted save leaves the state saved before. Processes that have loaded the index keep what they have.
 
+        Args:
+            overwrite: replace whatever index ``path`` holds, one that this index does not come from too.
+
         Raises:
             ValueError: the index has no ``dim`` yet, or ``path`` is a file.
-            RuntimeError: another writer is saving to ``path``, or has saved what this index does not know.
+            RuntimeError: another writer is saving to ``path``, or it holds what this index does not know.
             OSError: the disk is full, or fails: the index is as before, and `save` may be called again.
         """
         target = Path(os.path.realpath(path))
@@ -397,7 +400,7 @@ class BinaryIndex:
                 self.compact()
             known = self._known.setdefault(target, set())
             on_cpu = self._device.type == "cpu"
-            saved, manifest = directory.write(target, self._snapshot, self._kept, known, known.add, on_cpu)
+            saved, manifest = directory.write(target, self._snapshot, self._kept, known, overwrite, known.add, on_cpu)
             self._snapshot, self._tail, self._home = saved, None, target
             self._known[target] = {manifest.digest}
 

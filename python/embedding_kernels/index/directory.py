@@ -184,13 +184,15 @@ def write(
     snapshot: Snapshot,
     kept: str | None,
     known: Collection[str],
+    overwrite: bool,
     announce: Callable[[str], None],
     keep_mapped: bool,
 ) -> tuple[Snapshot, Manifest]:
     """Make ``snapshot`` the state of a directory: write what is not there yet, replace the manifest, tidy up.
 
     Args:
-        known: digests of the manifests that this index may replace, all being states it has gone through.
+        known: digests of the manifests that are states this index has gone through.
+        overwrite: whether it may replace others.
         announce: called with the new manifest's digest before it takes its place.
         keep_mapped: whether segments written are to be mapped from now on.
 
@@ -207,14 +209,17 @@ def write(
         old = read_manifest(directory, "save")
         if old is None:
             storage.flush_directory(directory.parent)
-        elif old.digest not in known:
+        own = old is not None and old.digest in known
+        if old is not None and not own and not overwrite:
             raise RuntimeError(
                 f"save: {directory} holds an index that this one was not loaded from, or another writer has saved it "
-                "since: load it and repeat the changes, or save to another path"
+                "since: load it and repeat the changes, save to another path, or replace it with overwrite=True"
             )
         written: list[Path] = []
         try:
-            saved, data = _write_files(directory, snapshot, kept, old, keep_mapped, written)
+            generation = old.generation + 1 if old else 1
+            reused = old if own else None
+            saved, data = _write_files(directory, snapshot, kept, reused, generation, keep_mapped, written)
             storage.flush_directory(directory)
             partial = directory / new_name("manifest", "partial")
             written.append(partial)
@@ -238,7 +243,13 @@ def _parsed_again(data: bytes, directory: Path) -> Manifest:
 
 
 def _write_files(
-    directory: Path, snapshot: Snapshot, kept: str | None, old: Manifest | None, keep_mapped: bool, written: list[Path]
+    directory: Path,
+    snapshot: Snapshot,
+    kept: str | None,
+    old: Manifest | None,
+    generation: int,
+    keep_mapped: bool,
+    written: list[Path],
 ) -> tuple[Snapshot, bytes]:
     """Write the files of a state that the old one does not have; the state over them, and its manifest's bytes."""
     assert snapshot.dim is not None
@@ -271,7 +282,7 @@ def _write_files(
     content = {
         "format": _FORMAT,
         "version": _VERSION,
-        "generation": old.generation + 1 if old else 1,
+        "generation": generation,
         "dim": snapshot.dim,
         "next_id": snapshot.next_id,
         "rescore_vectors": kept,

@@ -103,7 +103,9 @@ def _check_eps(op: str, eps: float) -> None:
         refuse(op, "eps", "at least 0", f"{eps:f}")
 
 
-def _check_forward(op: str, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float) -> None:
+def _check_forward(
+    op: str, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
+) -> None:
     check_tensor(op, "x", x, _ROWS, FLOATS, 2)
     _check_like(op, "residual", residual, x, "x")
     _check_vector(op, "weight", weight, x, "x")
