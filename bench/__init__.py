@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
-from . import attention, embedder, hamming, hamming_large, pooling
+from . import attention, embedder, hamming, hamming_large, norm, pooling
 from .harness import Case
 
 OPERATORS: dict[str, dict[str, list[Case]]] = {
     "attention": attention.BENCHMARKS,
     "hamming": hamming.BENCHMARKS,
+    "norm": norm.BENCHMARKS,
     "pooling": pooling.BENCHMARKS,
 }
 BENCHMARKS: dict[str, list[Case]] = {op: cases for family in OPERATORS.values() for op, cases in family.items()}

@@ -26,6 +26,7 @@ MARKS = {
         "avx512": ("vpopcntq.*zmm",),
         "amx": ("tdpbssd", "tileloaddt1", "vgf2p8affineqb.*zmm"),
     },
+    "norm_loops": {"avx2": ("vcvtph2ps.*ymm",), "avx512": ("vcvtph2ps.*zmm",)},
     "pooling_loops": {"avx2": ("vcvtph2ps.*ymm",), "avx512": ("vcvtph2ps.*zmm",)},
     "rescore_loops": {"avx2": ("vfmadd.*ymm", "vpmovsxbd.*ymm"), "avx512": ("vfmadd.*zmm", "vpmovsxbd.*zmm")},
 }

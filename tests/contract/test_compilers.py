@@ -47,6 +47,12 @@ def merge(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return ek.merge_attention(q, q[..., 0].T, 2 * q, q[..., 1].T)
 
 
+def add_and_norm(step: int) -> tuple[torch.Tensor, ...]:
+    """Rows, residual, weight and bias."""
+    rows = ragged(step)[0]
+    return rows, 2 * rows, torch.randn(24), torch.randn(24)
+
+
 CALLS = {
     "varlen_attention": lambda step: (attend, heads(step)),
     "merge_attention": lambda step: (merge, heads(step)[:1]),
@@ -66,6 +72,11 @@ CALLS = {
     ),
     "segment_pool": lambda step: (lambda x, c: ek.segment_pool(x, c, normalize=True), ragged(step)[:2]),
     "segment_pool_pack_bits": lambda step: (lambda x, c: ek.segment_pool_pack_bits(x, c), ragged(step)[:2]),
+    "add_rms_norm": lambda step: (
+        lambda x, r, w: ek.add_rms_norm(x, r, w, one_plus_weight=True),
+        add_and_norm(step)[:3],
+    ),
+    "add_layer_norm": lambda step: (lambda x, r, w, b: ek.add_layer_norm(x, r, w, bias=b), add_and_norm(step)),
     "pack_padded": lambda step: (
         lambda p, m, t: ek.pack_padded(p, m, t),
         (ragged(step)[3], ragged(step)[2], ragged(step)[0].shape[0]),

@@ -131,7 +131,7 @@ def test_autocast_casts_activations_alone(sample):
         assert_same(under, plain)
         return
     named = zip(op.argument_names, args, strict=False)
-    moved = [a.bfloat16() if name in op.autocast else a for name, a in named]
+    moved = [a.bfloat16() if name in op.autocast and a is not None else a for name, a in named]
     assert_same(under, op.overload(*moved))
 
 
@@ -151,6 +151,8 @@ def test_flops_grow_with_the_work():
     assert OPERATORS["hamming_range"].flops((2, 16), (10, 16), 5) == 2 * 2 * 10 * 128
     assert OPERATORS["rescore_topk"].flops((3, 100), (3, 20), (999, 100), 10) == 2 * 3 * 20 * 100
     assert OPERATORS["segment_pool"].flops((7, 5), (3,), "mean") == 35
+    assert OPERATORS["add_rms_norm"].flops((7, 5), None, (5,)) == 5 * 35
+    assert OPERATORS["add_layer_norm"].flops((7, 5), (7, 5), (5,)) == 8 * 35
     # one sequence: a multiplication and an addition for each query, key and dimension, of keys and of values
     assert OPERATORS["varlen_attention"].flops((7, 2, 16), (5, 1, 16), (5, 1, 24), (2,)) == 2 * 2 * 7 * 5 * (16 + 24)
     merged = (7, 2, 16), (2, 7), (7, 2, 16), (2, 7)

@@ -125,6 +125,22 @@ def _rescoring(kernels: Any) -> Iterator[Any]:
     yield kernels.rescore_topk_triton(queries[:, :256], candidates, torch.empty(200, 1024)[:, :256], 10)
 
 
+def _norm_calls(kernels: Any) -> Iterator[Any]:
+    for dtype in FLOATS:
+        for width in (384, 1024, 4096):
+            rows, vector = torch.empty(2048, width, dtype=dtype), torch.empty(width, dtype=dtype)
+            yield kernels.add_rms_norm_triton(rows, rows, vector)
+            yield kernels.add_layer_norm_triton(rows, rows, vector, vector)
+            yield kernels.add_rms_norm_backward_triton(rows, rows, rows, vector, 1e-6, False)
+            yield kernels.add_layer_norm_backward_triton(rows, rows, rows, vector, vector, 1e-5)
+    for width in (77, 8192):
+        rows, vector = torch.empty(2048, width, dtype=torch.bfloat16), torch.empty(width)
+        yield kernels.add_rms_norm_triton(rows, None, vector, 1e-6, True)
+        yield kernels.add_layer_norm_triton(rows, None, vector, None)
+        yield kernels.add_rms_norm_backward_triton(rows, None, rows, vector, 1e-6, True)
+        yield kernels.add_layer_norm_backward_triton(rows, rows, rows, vector, vector, 1e-5)
+
+
 def _pooling_calls(kernels: Any) -> Iterator[Any]:
     offsets, few, tokens = torch.zeros(301, dtype=torch.int32), torch.zeros(2, dtype=torch.int32), 20000
     weights = torch.empty(tokens)
@@ -166,6 +182,7 @@ def _backward(
 CALLS: dict[str, Callable[[Any], Iterator[Any]]] = {
     "attention": _attention_calls,
     "hamming": _hamming_calls,
+    "norm": _norm_calls,
     "pooling": _pooling_calls,
 }
 
@@ -183,6 +200,8 @@ def _specialised(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, A
             multiples += [place] if value.data_ptr() % 16 == 0 else []
         elif parameter.is_constexpr or value is None or (value == 1 and not parameter.do_not_specialize):
             signature[parameter.name], constants[parameter.name] = "constexpr", value
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
         else:
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             multiples += [place] if value % 16 == 0 and not parameter.do_not_specialize else []
