@@ -28,15 +28,15 @@ def fma(room: Room) -> Contender:
     return _once("fma", room, make)
 
 
-def read(room: Room) -> Contender:
-    """Reading: a threaded dot product of two halves of memory far larger than a cache that is ours alone."""
+def read(room: Room, size: int = _MEMORY_BYTES) -> Contender:
+    """Reading ``size`` bytes: a threaded dot product of two halves of memory far larger than a cache of ours alone."""
 
     def make() -> Contender:
-        left, right = torch.ones(_MEMORY_BYTES // 4, device=room.device).chunk(2)
-        work = Work(_MEMORY_BYTES, 0, "")
+        left, right = torch.ones(size // 4, device=room.device).chunk(2)
+        work = Work(size, 0, "")
         return Contender("read bandwidth", lambda turn: torch.dot(left, right), role="ceiling", work=work)
 
-    return _once("read", room, make)
+    return _once(f"read{size}", room, make)
 
 
 def copy(room: Room) -> Contender:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import embedding_kernels as ek
 
-from . import ceilings
+from . import ceilings, rescoring
 from . import hamming_peers as peers
 from .harness import OURS, Case, Contender, Room, Work, copies
 
@@ -20,7 +20,7 @@ _BITS = "bits compared"
 
 
 @lru_cache(maxsize=1)
-def _corpus(room: Room, count: int, bits: int, queries: int, cold: bool) -> peers.Corpus:
+def make_corpus(room: Room, count: int, bits: int, queries: int, cold: bool) -> peers.Corpus:
     """Random codes and eight sets of queries. Cases that follow each other share them."""
     seeded = torch.Generator().manual_seed(0)
     random = partial(torch.randint, 256, dtype=torch.uint8, generator=seeded)
@@ -29,7 +29,7 @@ def _corpus(room: Room, count: int, bits: int, queries: int, cold: bool) -> peer
     return peers.Corpus(copies(codes, room) if cold else [codes], sets, room.threads)
 
 
-def _asserting_equal(expected: Any, what: str) -> Callable[[Any], None]:
+def asserting_equal(expected: Any, what: str) -> Callable[[Any], None]:
     def verify(answer: Any) -> None:
         got = np.asarray(answer.cpu() if isinstance(answer, Tensor) else answer)
         assert got.shape == np.shape(expected), f"{what}: shape {got.shape}, expected {np.shape(expected)}"
@@ -52,7 +52,7 @@ def _build_pack_bits(rows: int, dim: int, dtype: torch.dtype, names: tuple[str, 
     x = torch.randn(rows, dim, generator=seeded).to(dtype).to(room.device)
     x[0, :4] = torch.tensor([0.0, -0.0, float("nan"), 1.0])
     inputs = copies(x, room)
-    verify = _asserting_equal(np.packbits(x.float().cpu().numpy() > 0, axis=1), "packed bits")
+    verify = asserting_equal(np.packbits(x.float().cpu().numpy() > 0, axis=1), "packed bits")
     ours = Contender(OURS, lambda turn: ek.pack_bits(inputs[turn % len(inputs)]), verify, role="ours")
     makers = peers.pack_bits_makers(inputs, verify)
     return [ours, *_available(makers, names), ceilings.read(room)]
@@ -76,8 +76,8 @@ def _pack_bits_case(rows: int, dim: int, dtype: torch.dtype, *names: str, quick:
 
 
 def _build_distance(count: int, bits: int, queries: int, names: tuple[str, ...], room: Room) -> list[Contender]:
-    corpus = _corpus(room, count, bits, queries, cold=queries == 1)
-    verify = _asserting_equal(peers.exact_distances(corpus.queries[0], corpus.codes[0]), "distances")
+    corpus = make_corpus(room, count, bits, queries, cold=queries == 1)
+    verify = asserting_equal(peers.exact_distances(corpus.queries[0], corpus.codes[0]), "distances")
     ours = Contender(OURS, lambda turn: ek.hamming_distance(corpus.query(turn), corpus.code(turn)), verify, role="ours")
     makers = peers.distance_makers(corpus, verify)
     return [ours, *_available(makers, names), *_hamming_ceilings(room, queries, bits)]
@@ -107,15 +107,15 @@ def _short(count: int) -> str:
 
 
 def _build_topk(count: int, bits: int, queries: int, k: int, names: tuple[str, ...], room: Room) -> list[Contender]:
-    corpus = _corpus(room, count, bits, queries, cold=queries == 1)
+    corpus = make_corpus(room, count, bits, queries, cold=queries == 1)
     distances, indices = peers.exact_topk(corpus, k)
 
     def verify_distances(answer: tuple[Any, Any]) -> None:
-        _asserting_equal(distances, "distances")(answer[0])
+        asserting_equal(distances, "distances")(answer[0])
 
     def verify(answer: tuple[Any, Any]) -> None:
         verify_distances(answer)
-        _asserting_equal(indices, "indices")(answer[1])
+        asserting_equal(indices, "indices")(answer[1])
 
     ours = Contender(OURS, lambda turn: ek.hamming_topk(corpus.query(turn), corpus.code(turn), k), verify, role="ours")
     makers = peers.topk_makers(corpus, k, verify, verify_distances)
@@ -138,26 +138,65 @@ def _topk_case(count: int, bits: int, queries: int, k: int, *more: str, quick: b
     )
 
 
+# ---- hamming_range ----
+
+
+def _build_range(count: int, bits: int, queries: int, names: tuple[str, ...], room: Room) -> list[Contender]:
+    corpus = make_corpus(room, count, bits, queries, cold=queries == 1)
+    radius = int(bits / 2 - 1.85 * bits**0.5)  # one random code in ten thousand is nearer
+    distances = peers.exact_distances(corpus.queries[0], corpus.codes[0])
+    near = distances < radius
+    expected = (np.append(0, near.sum(1).cumsum()), distances[near], near.nonzero()[1])
+
+    def verify(answer: tuple[Any, Any, Any]) -> None:
+        for value, name, right in zip(answer, ("offsets", "distances", "indices"), expected, strict=True):
+            asserting_equal(right, name)(value)
+
+    run = lambda turn: ek.hamming_range(corpus.query(turn), corpus.code(turn), radius)  # noqa: E731
+    makers = peers.range_makers(corpus, radius, verify)
+    return [Contender(OURS, run, verify, role="ours"), *_available(makers, names), ceilings.read(room)]
+
+
+def _range_case(count: int, bits: int, queries: int, *names: str, quick: bool = False) -> Case:
+    return Case(
+        "hamming_range",
+        f"{queries} of {_short(count)}, {bits} bits",
+        {"queries": queries, "codes": count, "bits": bits, "memory": "cold" if queries == 1 else "as it comes"},
+        names,
+        partial(_build_range, count, bits, queries, names),
+        Work((count + queries) * bits // 8, queries * count * bits, _BITS),
+        quick=quick,
+    )
+
+
 # ---- the same at each level of instruction set, on inputs that stay in the caches ----
 
 
-def _level_case(op: str, title: str, build: Callable[[Room], list[Contender]], work: Work, quick: bool = False) -> Case:
-    return Case(op, f"levels: {title}", {"memory": "in cache"}, (), build, work, quick=quick, levels=True)
+def _level_case(
+    op: str,
+    title: str,
+    build: Callable[[Room], list[Contender]],
+    work: Work,
+    quick: bool = False,
+    tiles: bool = False,
+) -> Case:
+    return Case(op, f"levels: {title}", {"memory": "in cache"}, (), build, work, quick=quick, levels=True, tiles=tiles)
 
 
 def _level_topk(queries: int, bits: int, count: int, quick: bool = False) -> Case:
     def build(room: Room) -> list[Contender]:
-        corpus = _corpus(room, count, bits, queries, cold=False)
+        corpus = make_corpus(room, count, bits, queries, cold=False)
         expected = peers.exact_topk(corpus, 10)
 
         def verify(answer: tuple[Tensor, Tensor]) -> None:
-            _asserting_equal(expected[0], "distances")(answer[0])
-            _asserting_equal(expected[1], "indices")(answer[1])
+            asserting_equal(expected[0], "distances")(answer[0])
+            asserting_equal(expected[1], "indices")(answer[1])
 
         return [Contender(OURS, lambda turn: ek.hamming_topk(corpus.query(turn), corpus.codes[0], 10), verify)]
 
     work = Work((count + queries) * bits // 8, queries * count * bits, _BITS)
-    return _level_case("hamming_topk", f"{queries} of {_short(count)}, {bits} bits", build, work, quick)
+    title = f"{queries} of {_short(count)}, {bits} bits"
+    return _level_case("hamming_topk", title, build, work, quick, tiles=queries >= 8)
 
 
 def _level_distance(queries: int, bits: int, count: int) -> Case:
@@ -165,7 +204,8 @@ def _level_distance(queries: int, bits: int, count: int) -> Case:
         return _build_distance(count, bits, queries, (), room)
 
     work = Work((count + queries) * bits // 8 + 4 * queries * count, queries * count * bits, _BITS)
-    return _level_case("hamming_distance", f"{queries} × {_short(count)}, {bits} bits", build, work)
+    title = f"{queries} × {_short(count)}, {bits} bits"
+    return _level_case("hamming_distance", title, build, work, tiles=queries >= 8)
 
 
 def _level_pack_bits(rows: int, dim: int, dtype: torch.dtype) -> Case:
@@ -207,9 +247,15 @@ BENCHMARKS: dict[str, list[Case]] = {
         _topk_case(200_000, 384, 256, 100),
         _topk_case(200_000, 1024, 256, 10, peers.NUMKONG),
         _topk_case(200_000, 1024, 256, 100),
+        _topk_case(200_000, 1024, 256, 10_000),
         _level_topk(1, 1024, 8_000, quick=True),
         _level_topk(1, 384, 20_000),
         _level_topk(16, 384, 20_000),
         _level_topk(64, 1024, 8_000),
     ],
+    "hamming_range": [
+        _range_case(200_000, 384, 1, peers.FAISS, peers.NUMPY_COUNT, quick=True),
+        _range_case(200_000, 1024, 32, peers.FAISS),
+    ],
+    **rescoring.BENCHMARKS,
 }

@@ -279,3 +279,33 @@ def topk_makers(corpus: Corpus, k: int, verify: Verify, verify_distances: Verify
             TORCH_MATMUL, _torch_matmul_distances(corpus), "codes unpacked to float32 beforehand; torch.topk"
         ),
     }
+
+
+def range_makers(corpus: Corpus, radius: int, verify: Verify) -> Makers:
+    """Peers that give all codes within a radius; FAISS's are put in order for the check alone."""
+
+    def faiss() -> Contender | None:
+        indices = corpus.faiss if corpus.on_host else None
+        if indices is None:
+            return None
+
+        def verify_faiss(answer: tuple[Any, Any, Any]) -> None:
+            limits, distances, ids = (np.asarray(value).astype(np.int64) for value in answer)
+            query = np.repeat(np.arange(len(limits) - 1), np.diff(limits))
+            order = np.lexsort((ids, query))
+            verify((limits, distances[order], ids[order]))
+
+        run = lambda turn: indices[turn % len(indices)].range_search(corpus.query(turn).numpy(), radius)  # noqa: E731
+        return Contender(FAISS, run, verify_faiss)
+
+    def numpy_count() -> Contender | None:
+        distances = _numpy_distances(corpus)
+
+        def run(turn: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            found = distances(turn)
+            near = found < radius
+            return np.append(0, near.sum(1).cumsum()), found[near], near.nonzero()[1]
+
+        return Contender(NUMPY_COUNT, run, verify, note="and a mask") if corpus.on_host else None
+
+    return {FAISS: faiss, NUMPY_COUNT: numpy_count}

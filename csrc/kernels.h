@@ -41,6 +41,16 @@ std::tuple<Tensor, Tensor, Tensor> hamming_range(Tensor queries, Tensor codes, i
 std::tuple<Tensor, Tensor> rescore_topk(Tensor queries, Tensor candidates, Tensor vectors, int64_t k,
                                         std::optional<Tensor> scale);
 
+std::tuple<Tensor, Tensor> add_rms_norm(Tensor x, std::optional<Tensor> residual, Tensor weight, double eps,
+                                        bool one_plus_weight);
+std::tuple<Tensor, Tensor> add_rms_norm_backward(Tensor grad_normed, std::optional<Tensor> grad_summed, Tensor summed,
+                                                 Tensor weight, double eps, bool one_plus_weight);
+std::tuple<Tensor, Tensor> add_layer_norm(Tensor x, std::optional<Tensor> residual, Tensor weight,
+                                          std::optional<Tensor> bias, double eps);
+std::tuple<Tensor, Tensor, Tensor> add_layer_norm_backward(Tensor grad_normed, std::optional<Tensor> grad_summed,
+                                                           Tensor summed, Tensor weight, std::optional<Tensor> bias,
+                                                           double eps);
+
 Tensor paragraph_vector_step(Tensor documents, Tensor document_squares, Tensor words, Tensor bias, Tensor word_squares,
                              Tensor rows, Tensor tokens, Tensor cu_seqlens, Tensor negatives, Tensor log_expected,
                              double learning_rate, bool binary, bool update_words, std::optional<Tensor> projection,

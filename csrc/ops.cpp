@@ -24,6 +24,12 @@
   "max_seqlen_k, " VARLEN_ATTENTION_OPTIONS ") -> (Tensor, Tensor)"
 #define MERGE_ATTENTION_SIGNATURE "(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor, Tensor)"
 
+#define ADD_RMS_NORM_SIGNATURE                                                                            \
+  "(Tensor x, Tensor? residual, Tensor weight, float eps=1e-06, bool one_plus_weight=False) -> (Tensor, " \
+  "Tensor)"
+#define ADD_LAYER_NORM_SIGNATURE \
+  "(Tensor x, Tensor? residual, Tensor weight, Tensor? bias=None, float eps=1e-05) -> (Tensor, Tensor)"
+
 STABLE_TORCH_LIBRARY(embedding_kernels, m) {
   // attention
   m.def("varlen_attention" VARLEN_ATTENTION_SIGNATURE);
@@ -47,6 +53,17 @@ STABLE_TORCH_LIBRARY(embedding_kernels, m) {
   m.def(
       "rescore_topk(Tensor queries, Tensor candidates, Tensor vectors, SymInt k, Tensor? scale=None) -> (Tensor, "
       "Tensor)");
+  // norm
+  m.def("add_rms_norm" ADD_RMS_NORM_SIGNATURE);
+  m.def("add_rms_norm_forward" ADD_RMS_NORM_SIGNATURE);
+  m.def(
+      "add_rms_norm_backward(Tensor grad_normed, Tensor? grad_summed, Tensor summed, Tensor weight, float eps, bool "
+      "one_plus_weight) -> (Tensor, Tensor)");
+  m.def("add_layer_norm" ADD_LAYER_NORM_SIGNATURE);
+  m.def("add_layer_norm_forward" ADD_LAYER_NORM_SIGNATURE);
+  m.def(
+      "add_layer_norm_backward(Tensor grad_normed, Tensor? grad_summed, Tensor summed, Tensor weight, Tensor? bias, "
+      "float eps) -> (Tensor, Tensor, Tensor)");
   // paragraph vectors
   m.def(
       "paragraph_vector_step(Tensor(a!) documents, Tensor(b!) document_squares, Tensor(c!) words, Tensor(d!) bias, "
@@ -82,6 +99,12 @@ STABLE_TORCH_LIBRARY_IMPL(embedding_kernels, CPU, m) {
   m.impl("hamming_topk", TORCH_BOX(&cpu::hamming_topk));
   m.impl("hamming_range", TORCH_BOX(&cpu::hamming_range));
   m.impl("rescore_topk", TORCH_BOX(&cpu::rescore_topk));
+  m.impl("add_rms_norm", TORCH_BOX(&cpu::add_rms_norm));
+  m.impl("add_rms_norm_forward", TORCH_BOX(&cpu::add_rms_norm));
+  m.impl("add_rms_norm_backward", TORCH_BOX(&cpu::add_rms_norm_backward));
+  m.impl("add_layer_norm", TORCH_BOX(&cpu::add_layer_norm));
+  m.impl("add_layer_norm_forward", TORCH_BOX(&cpu::add_layer_norm));
+  m.impl("add_layer_norm_backward", TORCH_BOX(&cpu::add_layer_norm_backward));
   m.impl("paragraph_vector_step", TORCH_BOX(&cpu::paragraph_vector_step));
   m.impl("segment_pool", TORCH_BOX(&cpu::segment_pool));
   m.impl("segment_pool_forward", TORCH_BOX(&cpu::segment_pool));

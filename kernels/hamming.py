@@ -1,4 +1,4 @@
-"""Triton kernels of the Hamming family."""
+"""Triton kernels of the Hamming family: their shapes and launchers, packing and distances."""
 
 # compile-time arguments are in capitals, as everywhere in Triton
 # ruff: noqa: N803
@@ -10,10 +10,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._support import ceil_div, dense_rows, on_device_of, processors, require_device, widen
+from ._support import ceil_div, contiguous, dense_rows, on_device_of, processors, require_device, widen
+from .hamming_range import range_count_kernel, range_write_kernel
+from .hamming_scan import code_distances, load_codes
+from .hamming_topk import histogram_kernel, select_kernel
+from .rescore import score_kernel
 
 NO_DISTANCE = 2147483647
 NO_INDEX = -1
+_PAST_ALL_ROWS = torch.iinfo(torch.int64).max  # what an absent candidate is while candidates are in order of index
 
 # ---- shapes ----
 
@@ -26,6 +31,9 @@ _MAX_GROUP = 8  # queries that share a tile of codes
 _PROGRAMS_PER_PROCESSOR = 8
 _CODES_PER_BIN = 4  # a span shorter than this many codes for each bin costs more in sums than in scanning
 _HISTOGRAM_ENTRIES = 1 << 24  # scratch of hamming_topk, 16 bytes each; more queries than fit are taken in turns
+_SCORE_TILE = 2048  # numbers of candidates' vectors that a program of rescore_topk multiplies at once
+_MAX_SCORE_COLUMNS = 256
+_MAX_SCORE_ROWS = 256
 
 
 def _pack_tile(width: int) -> tuple[int, int]:
@@ -49,7 +57,7 @@ def _query_groups(queries: int) -> tuple[int, int]:
 
 
 def _span_codes(codes: Tensor, queries: int, groups: int, bins: int) -> int:
-    """Codes that one program of hamming_topk scans: few queries must fill the device too, in bounded scratch."""
+    """Codes that one program scans, ``bins`` numbers a query: few queries must fill the device, in bounded scratch."""
     full = ceil_div(_PROGRAMS_PER_PROCESSOR * processors(codes), groups)
     enough = max(ceil_div(processors(codes), groups), codes.shape[0] // (_CODES_PER_BIN * bins))
     spans = max(min(full, enough, _HISTOGRAM_ENTRIES // (queries * bins)), 1)
@@ -59,7 +67,7 @@ def _span_codes(codes: Tensor, queries: int, groups: int, bins: int) -> int:
 # ---- kernels ----
 
 # sizes that would only make more variants of a kernel
-_COUNTS = ("query_count", "count", "bins", "k", "groups", "group_size", "spans", "span_codes", "rows", "column_blocks")
+_COUNTS = ("query_count", "count", "groups", "group_size", "rows", "column_blocks")
 
 
 @triton.jit(do_not_specialize=_COUNTS)
@@ -87,53 +95,6 @@ def _pack_bits_kernel(
     tl.store(out + row[:, None] * width + byte[None, :], packed, mask=(row < rows)[:, None] & (byte < width)[None, :])
 
 
-@triton.jit
-def _popcount(words):
-    """Ones in each int32. LLVM knows this form: it becomes the GPU's own instruction."""
-    v = words.to(tl.uint32, bitcast=True)
-    v = v - ((v >> 1) & 0x55555555)
-    v = (v & 0x33333333) + ((v >> 2) & 0x33333333)
-    v = (v + (v >> 4)) & 0x0F0F0F0F
-    return ((v * 0x01010101) >> 24).to(tl.int32)
-
-
-@triton.jit
-def _load_codes(codes, index, count, first_word, WIDTH: tl.constexpr, STRIDE: tl.constexpr, WORDS: tl.constexpr):
-    """Words [first_word, first_word + WORDS) of the rows ``index``, as int32 (bytes are widened); 0 past the end."""
-    word = first_word + tl.arange(0, WORDS)
-    inside = (index < count)[:, None] & (word < WIDTH)[None, :]
-    return tl.load(codes + (index * STRIDE)[:, None] + word[None, :], mask=inside, other=0).to(tl.int32)
-
-
-@triton.jit
-def _load_query(queries, query, first_word, WIDTH: tl.constexpr, WORDS: tl.constexpr):
-    word = first_word + tl.arange(0, WORDS)
-    return tl.load(queries + query * WIDTH + word, mask=word < WIDTH, other=0).to(tl.int32)
-
-
-@triton.jit
-def _distances(
-    queries, query, codes, index, count, tile, WIDTH: tl.constexpr, STRIDE: tl.constexpr, WORDS: tl.constexpr
-):
-    """Distances of one query to the codes ``index``, whose first WORDS words are at hand in ``tile``."""
-    near = _load_query(queries, query, 0, WIDTH, WORDS)
-    total = tl.sum(_popcount(tile ^ near[None, :]), axis=1)
-    for first in range(WORDS, WIDTH, WORDS):
-        near = _load_query(queries, query, first, WIDTH, WORDS)
-        far = _load_codes(codes, index, count, first, WIDTH, STRIDE, WORDS)
-        total += tl.sum(_popcount(far ^ near[None, :]), axis=1)
-    return total
-
-
-@triton.jit
-def _is_allowed(allowed, index, count):
-    passed = index < count
-    if allowed is not None:
-        byte = tl.load(allowed + index // 8, mask=passed, other=0).to(tl.int32)
-        passed = passed & (((byte >> (7 - index % 8).to(tl.int32)) & 1) != 0)
-    return passed
-
-
 @triton.jit(do_not_specialize=_COUNTS)
 def _distance_kernel(
     out,
@@ -152,108 +113,10 @@ def _distance_kernel(
     program = tl.program_id(0)
     index = (program // groups).to(tl.int64) * CODES + tl.arange(0, CODES)
     first_query = (program % groups).to(tl.int64) * group_size
-    tile = _load_codes(codes, index, count, 0, WIDTH, STRIDE, WORDS)
+    tile = load_codes(codes, index, count, 0, WIDTH, STRIDE, WORDS)
     for query in range(first_query, tl.minimum(first_query + group_size, query_count)):
-        distance = _distances(queries, query, codes, index, count, tile, WIDTH, STRIDE, WORDS)
+        distance = code_distances(queries, query, codes, index, count, tile, WIDTH, STRIDE, WORDS)
         tl.store(out + query * count + index, distance, mask=index < count)
-
-
-@triton.jit(do_not_specialize=_COUNTS)
-def _histogram_kernel(
-    histogram,
-    queries,
-    codes,
-    allowed,
-    query_count,
-    count,
-    bins,
-    groups,
-    group_size,
-    spans,
-    span_codes,
-    CODES: tl.constexpr,
-    WORDS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    STRIDE: tl.constexpr,
-):
-    """Counts of each distance for every (query, span of codes), int32 [queries, spans, bins]."""
-    program = tl.program_id(0)
-    span = (program // groups).to(tl.int64)
-    first_query = (program % groups).to(tl.int64) * group_size
-    last_query = tl.minimum(first_query + group_size, query_count)
-    first_code = span * span_codes
-    last_code = tl.minimum(first_code + span_codes, count)
-    for start in range(first_code, last_code, CODES):
-        index = start + tl.arange(0, CODES)
-        tile = _load_codes(codes, index, count, 0, WIDTH, STRIDE, WORDS)
-        counted = _is_allowed(allowed, index, count)
-        for query in range(first_query, last_query):
-            distance = _distances(queries, query, codes, index, count, tile, WIDTH, STRIDE, WORDS)
-            to = histogram + (query * spans + span) * bins + distance
-            tl.atomic_add(to, tl.full([CODES], 1, tl.int32), mask=counted, sem="relaxed")
-
-
-@triton.jit
-def _write_ranked(next_places, out_distances, out_indices, distance, index, base, taken, k, CODES: tl.constexpr):
-    """Write the ``taken`` codes of a tile to the places that their distances have reached (``base``); move those on.
-
-    next_places [bins] belongs to this program alone; the barriers order the loads of base before the stores of this
-    tile, and those before the loads of the next.
-    """
-    # codes that are not taken equal no other
-    key = tl.where(taken, distance, -1 - tl.arange(0, CODES))
-    equal = (key[:, None] == key[None, :]).to(tl.int32)
-    earlier = tl.arange(0, CODES)[None, :] < tl.arange(0, CODES)[:, None]
-    place = base + tl.sum(tl.where(earlier, equal, 0), axis=1)
-    tl.debug_barrier()
-    tl.store(next_places + distance, base + tl.sum(equal, axis=1), mask=taken)
-    tl.debug_barrier()
-    tl.store(out_distances + place, distance, mask=taken & (place < k))
-    tl.store(out_indices + place, index, mask=taken & (place < k))
-
-
-@triton.jit(do_not_specialize=_COUNTS)
-def _select_kernel(
-    out_distances,
-    out_indices,
-    places,
-    bounds,
-    queries,
-    codes,
-    allowed,
-    query_count,
-    count,
-    bins,
-    k,
-    groups,
-    group_size,
-    spans,
-    span_codes,
-    CODES: tl.constexpr,
-    WORDS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    STRIDE: tl.constexpr,
-):
-    """Write each code whose distance has a place below k. places [queries, spans, bins]: first place; consumed."""
-    program = tl.program_id(0)
-    span = (program // groups).to(tl.int64)
-    first_query = (program % groups).to(tl.int64) * group_size
-    last_query = tl.minimum(first_query + group_size, query_count)
-    first_code = span * span_codes
-    last_code = tl.minimum(first_code + span_codes, count)
-    for start in range(first_code, last_code, CODES):
-        index = start + tl.arange(0, CODES)
-        tile = _load_codes(codes, index, count, 0, WIDTH, STRIDE, WORDS)
-        counted = _is_allowed(allowed, index, count)
-        for query in range(first_query, last_query):
-            distance = _distances(queries, query, codes, index, count, tile, WIDTH, STRIDE, WORDS)
-            near = counted & (distance <= tl.load(bounds + query))
-            next_places = places + (query * spans + span) * bins
-            base = tl.load(next_places + distance, mask=near, other=k, volatile=True)
-            taken = base < k
-            if tl.max(taken.to(tl.int32), axis=0) > 0:
-                to = query * k
-                _write_ranked(next_places, out_distances + to, out_indices + to, distance, index, base, taken, k, CODES)
 
 
 # ---- launchers ----
@@ -283,7 +146,8 @@ def _as_words(queries: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     if queries.data_ptr() % 4:
         queries = queries.clone()
     whole_words = width % 4 == 0 and codes.stride(0) % 4 == 0 and codes.storage_offset() % 4 == 0
-    if not whole_words or codes.data_ptr() % 4 or (width and codes.stride(1) != 1):
+    # rows without width may have any strides, which a view as words refuses
+    if not width or not whole_words or codes.data_ptr() % 4 or codes.stride(1) != 1:
         return queries, codes
     return queries.view(torch.int32), codes.view(torch.int32)
 
@@ -334,9 +198,9 @@ def _topk_turn(
     scan = (queries, codes, allowed, query_count, count, bins)
     shape = (groups, group_size, spans, span_codes)
     grid = (spans * groups,)
-    _histogram_kernel[grid](histogram, *scan, *shape, **_code_tile(codes))
+    histogram_kernel[grid](histogram, *scan, *shape, **_code_tile(codes))
     places, bounds = _first_places(histogram, k, count)
-    _select_kernel[grid](distances, indices, places, bounds, *scan, k, *shape, **_code_tile(codes, _MAX_RANKED_CODES))
+    select_kernel[grid](distances, indices, places, bounds, *scan, k, *shape, **_code_tile(codes, _MAX_RANKED_CODES))
 
 
 def hamming_topk_triton(
@@ -346,7 +210,7 @@ def hamming_topk_triton(
     require_device("hamming_topk", queries)
     query_count, bins = queries.shape[0], 8 * queries.shape[1] + 1
     queries, codes = _as_words(queries, codes)
-    allowed = None if allowed is None else allowed.contiguous()
+    allowed = contiguous(allowed)
     distances = queries.new_full((query_count, k), NO_DISTANCE, dtype=torch.int32)
     indices = queries.new_full((query_count, k), NO_INDEX, dtype=torch.int64)
     if query_count == 0 or codes.shape[0] == 0:
@@ -357,3 +221,69 @@ def hamming_topk_triton(
             part = slice(first, first + turn)
             _topk_turn(queries[part], codes, k, allowed, distances[part], indices[part], bins)
     return distances, indices
+
+
+def hamming_range_triton(
+    queries: Tensor, codes: Tensor, radius: int, allowed: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    require_device("hamming_range", queries)
+    radius = min(radius, 8 * queries.shape[1] + 1)  # no distance is above; the kernels compare 32 bits
+    queries, codes = _as_words(queries, codes)
+    allowed = contiguous(allowed)
+    query_count, count = queries.shape[0], codes.shape[0]
+    offsets = queries.new_zeros(query_count + 1, dtype=torch.int64)
+    if query_count == 0 or count == 0:
+        return offsets, queries.new_empty(0, dtype=torch.int32), queries.new_empty(0, dtype=torch.int64)
+    groups, group_size = _query_groups(query_count)
+    span_codes = _span_codes(codes, query_count, groups, bins=1)
+    spans = ceil_div(count, span_codes)
+    counts = queries.new_zeros((query_count, spans), dtype=torch.int64)
+    scan = (queries, codes, allowed, query_count, count, radius, groups, group_size, spans, span_codes)
+    grid = (spans * groups,)
+    with on_device_of(codes):
+        range_count_kernel[grid](counts, *scan, **_code_tile(codes))
+        ends = counts.view(-1).cumsum(0).view_as(counts)
+        offsets[1:] = ends[:, -1]
+        total = int(offsets[-1])  # the one wait for the device: outputs have this size
+        distances = queries.new_empty(total, dtype=torch.int32)
+        indices = queries.new_empty(total, dtype=torch.int64)
+        range_write_kernel[grid](distances, indices, ends - counts, counts, *scan, **_code_tile(codes))
+    return offsets, distances, indices
+
+
+def _score_tile(vectors: Tensor, dim: int) -> dict[str, int]:
+    """Compile-time arguments of score_kernel; the layout of the vectors is among them, as for codes."""
+    columns = min(triton.next_power_of_2(max(dim, 1)), _MAX_SCORE_COLUMNS)
+    stride = vectors.stride(0) if vectors.shape[0] > 1 else vectors.shape[1]
+    return {"ROWS": min(_SCORE_TILE // columns, _MAX_SCORE_ROWS), "COLUMNS": columns, "DIM": dim, "STRIDE": stride}
+
+
+def rescore_topk_triton(
+    queries: Tensor, candidates: Tensor, vectors: Tensor, k: int, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    require_device("rescore_topk", queries)
+    query_count, candidate_count = candidates.shape
+    scores = queries.new_full((query_count, k), float("-inf"), dtype=torch.float32)
+    indices = candidates.new_full((query_count, k), NO_INDEX)
+    if candidates.numel() == 0:
+        return scores, indices
+    queries, vectors, scale = queries.contiguous(), dense_rows(vectors), contiguous(scale)
+    absent = (candidates < 0) | (candidates >= vectors.shape[0])
+    # in order of index, which a stable sort by score then keeps among equals
+    candidates = candidates.masked_fill(absent, _PAST_ALL_ROWS).sort(dim=1).values
+    found = torch.empty(candidates.shape, dtype=torch.float32, device=candidates.device)
+    keys = torch.empty(candidates.shape, dtype=torch.int32, device=candidates.device)
+    tile = _score_tile(vectors, queries.shape[1])
+    blocks = ceil_div(candidate_count, tile["ROWS"])
+    sizes = (candidate_count, vectors.shape[0], blocks)
+    bits = vectors.dtype == torch.uint8
+    with on_device_of(vectors):
+        score_kernel[(query_count * blocks,)](
+            found, keys, queries, candidates, vectors, scale, *sizes, **tile, BITS=bits
+        )
+    order = keys.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    kept = order.shape[1]
+    scores[:, :kept] = found.gather(1, order)
+    best = candidates.gather(1, order)
+    indices[:, :kept] = best.masked_fill_(best == _PAST_ALL_ROWS, NO_INDEX)
+    return scores, indices

@@ -7,34 +7,41 @@
 
 namespace embedding_kernels {
 
+// Distances of queries to codes, and which of them are near. Codes are taken in groups of 32.
+constexpr int64_t kGroupCodes = 32;
+
+struct Comparison {
+  const uint8_t* queries;  // one query as it lies, or blocks of them
+  int64_t query_count;
+  const uint8_t* codes;  // `stride` bytes apart
+  int64_t stride, count, bytes;
+  int64_t following;      // codes after these, which will be compared next: worth fetching
+  const int32_t* bounds;  // of each query
+  uint8_t* scratch;
+  int32_t* out;        // [query * out_stride + code]: room for whole blocks and groups
+  int64_t out_stride;  // a multiple of 16
+  uint32_t* near;      // [query * near_stride + group]: bit n is set where code n of the group is nearer than the bound
+  int64_t near_stride;
+  // blocks, scratch and out are 64-byte aligned
+};
+
 struct HammingLoops {
   // Bits x > 0 of one row of `dim` values, into ceil(dim / 8) bytes; indexed by Dtype.
   void (*pack_bits[kDtypes])(const void* x, int64_t dim, uint8_t* out);
 
-  // Distances of one query to `count` codes that lie `stride` bytes apart.
-  void (*distances)(const uint8_t* query, const uint8_t* codes, int64_t stride, int64_t count, int64_t bytes,
-                    int32_t* out);
+  // One query: codes are read as they lie, and queries[0] alone is compared; neither blocks nor scratch are used.
+  void (*distances)(const Comparison& comparison);
 
-  // Many queries read the codes as tiles, laid out for this level: `tile_codes` codes side by side, compared with
-  // `tile_queries` queries at once. A word (64 bits) of either takes `word_bytes`, a query `query_bytes` more.
-  // Tiles pay from `tile_from` queries on, and `tile_bytes` of them are worth holding at once.
-  int64_t tile_codes, tile_queries, word_bytes, query_bytes, tile_from, tile_bytes;
-
-  // Up to tile_queries queries; what is missing, and bits past the width, are 0.
+  // Many queries are laid out first, in blocks of `block_queries` that take block_bytes(words) each; a word is 64 bits.
+  // What is missing from a block, and bits past the width, are 0.
+  int64_t block_queries;
+  int64_t (*block_bytes)(int64_t words);
   void (*lay_queries)(const uint8_t* queries, int64_t stride, int64_t count, int64_t bytes, void* block);
 
-  // `count` codes and zeros up to a multiple of tile_codes.
-  void (*lay_codes)(const uint8_t* codes, int64_t stride, int64_t count, int64_t bytes, void* tiles);
-
-  // Distances of the `queries` of a block to `codes` codes, a multiple of tile_codes: out[query * out_stride + code],
-  // with room for tile_queries rows. Block and tiles are 64-byte aligned.
-  void (*tile_distances)(const void* block, int64_t queries, const void* tiles, int64_t codes, int64_t words,
-                         int32_t* out, int64_t out_stride);
-
-  // Appends (distance, first + place) of every distance < bound, in order; returns how many. The outputs have room
-  // for `count` entries.
-  int64_t (*select)(const int32_t* distances, int64_t count, int32_t bound, int64_t first, int32_t* out_distances,
-                    int64_t* out_indices);
+  // From so many queries on it pays to lay out codes too, as many_distances does.
+  int64_t many_queries;
+  int64_t (*scratch_bytes)(int64_t words);
+  void (*many_distances)(const Comparison& comparison);
 };
 
 extern const HammingLoops hamming_loops_portable;

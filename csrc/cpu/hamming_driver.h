@@ -2,8 +2,8 @@
 // and runs task(0) ... task(count - 1), each once, on up to `threads` threads. Results do not depend on the threads.
 #pragma once
 
+#include <bit>
 #include <limits>
-#include <memory>
 
 #include "hamming_scan.h"
 
@@ -16,23 +16,24 @@ void hamming_distance(const HammingLoops& loops, const Codes& queries, const Cod
   const Shares shares = share(queries.count, codes.count, threads);
   parallel_for(shares.count(), [&](int64_t index) {
     const Shares::Task task = shares.task(index);
-    scan(loops, queries, task.begin, task.end, codes, task.first, task.last,
-         [&](int64_t query, int64_t first, int64_t count, const int32_t* distances) {
-           std::copy(distances, distances + count, out + query * codes.count + first);
+    std::vector<int32_t> bounds(task.end - task.begin, 0);
+    scan(loops, Scan{queries, task.begin, task.end, codes, task.first, task.last, bounds.data()},
+         [&](const Found& found) {
+           std::copy(found.distances, found.distances + found.count, out + found.query * codes.count + found.first);
          });
   });
 }
 
-// Closes the gaps that codes without their bit in `allowed` leave among `found` entries; returns how many stay.
-inline int64_t drop_forbidden(const uint8_t* allowed, int64_t found, int32_t* distances, int64_t* indices) {
-  int64_t kept = 0;
-  for (int64_t i = 0; i < found; ++i) {
-    const int64_t index = indices[i];
-    if ((allowed[index / 8] >> (7 - index % 8) & 1) == 0) continue;
-    distances[kept] = distances[i];
-    indices[kept++] = index;
+// Calls take(distance, index) for every near code whose bit in `allowed` is 1; null allows all.
+template <class Take>
+void for_each_near(const Found& found, const uint8_t* allowed, const Take& take) {
+  for (int64_t group = 0; group * kGroupCodes < found.count; ++group) {
+    for (uint32_t near = found.near[group]; near != 0; near &= near - 1) {
+      const int64_t place = group * kGroupCodes + std::countr_zero(near), index = found.first + place;
+      if (allowed != nullptr && (allowed[index / 8] >> (7 - index % 8) & 1) == 0) continue;
+      take(found.distances[place], index);
+    }
   }
-  return kept;
 }
 
 // ---- all codes within a radius ----
@@ -56,15 +57,14 @@ RangeAnswers hamming_range(const HammingLoops& loops, const Codes& queries, cons
                        std::vector<int64_t>(queries.count + 1)};
   parallel_for(shares.count(), [&](int64_t index) {
     const Shares::Task task = shares.task(index);
-    std::vector<int32_t> near(kMaxStep);
-    std::vector<int64_t> places(kMaxStep);
-    scan(loops, queries, task.begin, task.end, codes, task.first, task.last,
-         [&](int64_t query, int64_t first, int64_t count, const int32_t* distances) {
-           int64_t found = loops.select(distances, count, bound, first, near.data(), places.data());
-           if (allowed != nullptr) found = drop_forbidden(allowed, found, near.data(), places.data());
-           RangeAnswers::Part& part = answers.parts[query * shares.ranges + task.range];
-           part.distances.insert(part.distances.end(), near.begin(), near.begin() + found);
-           part.indices.insert(part.indices.end(), places.begin(), places.begin() + found);
+    std::vector<int32_t> bounds(task.end - task.begin, bound);
+    scan(loops, Scan{queries, task.begin, task.end, codes, task.first, task.last, bounds.data()},
+         [&](const Found& found) {
+           RangeAnswers::Part& part = answers.parts[found.query * shares.ranges + task.range];
+           for_each_near(found, allowed, [&](int32_t distance, int64_t index) {
+             part.distances.push_back(distance);
+             part.indices.push_back(index);
+           });
          });
   });
   for (int64_t q = 0; q < queries.count; ++q) {
@@ -100,26 +100,19 @@ constexpr int64_t kNoIndex = -1;
 // the k-th is already too late: only distances below `bound` are of interest.
 class Nearest {
  public:
-  Nearest(int64_t k, int64_t bits, int64_t range, int64_t step)
-      : k_(k), bound_(static_cast<int32_t>(bits) + 1), counts_(bits + 2) {
-    capacity_ = std::min(range, 2 * std::min(k, range) + 4 * step) + step;
-  }
+  Nearest(int64_t k, int64_t bits) : k_(k), bound_(static_cast<int32_t>(bits) + 1), counts_(bits + 2) {}
 
-  void add(const HammingLoops& loops, const int32_t* distances, int64_t count, int64_t first, const uint8_t* allowed) {
-    if (distances_ == nullptr) {
-      // not filled: most of it is never reached
-      distances_.reset(new int32_t[capacity_]);
-      indices_.reset(new int64_t[capacity_]);
-    }
-    if (size_ + count > capacity_) compact();
-    int64_t found = loops.select(distances, count, bound_, first, distances_.get() + size_, indices_.get() + size_);
-    if (allowed != nullptr) {
-      found = drop_forbidden(allowed, found, distances_.get() + size_, indices_.get() + size_);
-    }
-    for (int64_t i = size_; i < size_ + found; ++i) ++counts_[distances_[i]];
-    size_ += found;
-    within_ += found;
-    while (within_ - counts_[bound_] >= k_) within_ -= counts_[bound_--];
+  int32_t bound() const { return bound_; }
+
+  void add(const Found& found, const uint8_t* allowed) {
+    for_each_near(found, allowed, [&](int32_t distance, int64_t index) {
+      if (distance >= bound_) return;  // it has sunk since the codes were compared
+      entries_.push_back({distance, index});
+      ++counts_[distance];
+      ++within_;
+      while (within_ - counts_[bound_] >= k_) within_ -= counts_[bound_--];
+    });
+    if (static_cast<int64_t>(entries_.size()) > 2 * within_ + kMaxStep) forget();
   }
 
   // Writes up to k entries sorted by (distance, index); returns how many.
@@ -130,38 +123,38 @@ class Nearest {
       counts_[d] = place;
       place += count;
     }
-    for (int64_t i = 0; i < size_; ++i) {
-      if (distances_[i] > bound_) continue;
-      const int64_t to = counts_[distances_[i]]++;
+    for (const Entry& entry : entries_) {
+      if (entry.distance > bound_) continue;
+      const int64_t to = counts_[entry.distance]++;
       if (to >= k_) continue;
-      out_distances[to] = distances_[i];
-      out_indices[to] = indices_[i];
+      out_distances[to] = entry.distance;
+      out_indices[to] = entry.index;
     }
     return std::min(place, k_);
   }
 
  private:
-  // Forgets entries that can no longer be among the k nearest: at the bound, the earliest stay.
-  void compact() {
+  struct Entry {
+    int32_t distance;
+    int64_t index;
+  };
+
+  // Entries that can no longer be among the k nearest; at the bound, the earliest stay.
+  void forget() {
     int64_t spare = k_ - (within_ - counts_[bound_]);
-    int64_t kept = 0;
-    for (int64_t i = 0; i < size_; ++i) {
-      if (distances_[i] > bound_ || (distances_[i] == bound_ && spare-- <= 0)) continue;
-      distances_[kept] = distances_[i];
-      indices_[kept++] = indices_[i];
-    }
+    std::erase_if(entries_, [&](const Entry& entry) {
+      return entry.distance > bound_ || (entry.distance == bound_ && spare-- <= 0);
+    });
+    const int64_t kept = static_cast<int64_t>(entries_.size());
     counts_[bound_] -= within_ - kept;
-    within_ = size_ = kept;
+    within_ = kept;
   }
 
   int64_t k_;
-  int32_t bound_;       // smallest distance with k entries at or below it; bits + 1 before there are k
-  int64_t within_ = 0;  // entries at or below bound_
-  int64_t size_ = 0;    // entries held, some of them above bound_
-  int64_t capacity_;
+  int32_t bound_;                // smallest distance with k entries at or below it; bits + 1 before there are k
+  int64_t within_ = 0;           // entries at or below bound_
   std::vector<int64_t> counts_;  // entries at each distance
-  std::unique_ptr<int32_t[]> distances_;
-  std::unique_ptr<int64_t[]> indices_;
+  std::vector<Entry> entries_;   // some of them above bound_
 };
 
 struct TopK {
@@ -212,13 +205,14 @@ void hamming_topk(const HammingLoops& loops, const Codes& queries, const Codes& 
   std::vector<int64_t> found(queries.count * ranges);
   parallel_for(shares.count(), [&](int64_t index) {
     const Shares::Task task = shares.task(index);
-    const int64_t step = step_codes(loops, task.end - task.begin, codes.bytes);
-    std::vector<Nearest> nearest;
-    nearest.reserve(task.end - task.begin);
-    for (int64_t q = task.begin; q < task.end; ++q) nearest.emplace_back(kept, bits, task.last - task.first, step);
-    scan(loops, queries, task.begin, task.end, codes, task.first, task.last,
-         [&](int64_t query, int64_t first, int64_t count, const int32_t* distances) {
-           nearest[query - task.begin].add(loops, distances, count, first, allowed);
+    std::vector<Nearest> nearest(task.end - task.begin, Nearest(kept, bits));
+    std::vector<int32_t> bounds(task.end - task.begin, static_cast<int32_t>(bits) + 1);
+    scan(loops, Scan{queries, task.begin, task.end, codes, task.first, task.last, bounds.data()},
+         [&](const Found& found) {
+           if (!found.any()) return;  // nearly always
+           Nearest& of_query = nearest[found.query - task.begin];
+           of_query.add(found, allowed);
+           bounds[found.query - task.begin] = of_query.bound();
          });
     for (int64_t q = task.begin; q < task.end; ++q) {
       const int64_t at = q * ranges + task.range;

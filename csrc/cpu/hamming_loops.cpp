@@ -1,6 +1,10 @@
 // Compiled once for each level of instruction set. No torch, no STL, no threads: a weak symbol from a header, compiled
 // here with AVX-512, could be the copy that the linker gives to everybody.
-#include "hamming_tiles.h"
+#if defined(EK_ISA_AMX)
+#include "hamming_product.h"
+#else
+#include "hamming_lanes.h"
+#endif
 
 namespace embedding_kernels {
 namespace {
@@ -131,35 +135,115 @@ inline __m512i count_difference(const uint8_t* query, const uint8_t* code, int64
   return sum;
 }
 
-// Codes of at most 64 bytes: the query stays in a register.
-template <bool short_codes>
-inline __m512i difference_of_eight(const uint8_t* query, __m512i short_query, __mmask64 short_mask,
-                                   const uint8_t* codes, int64_t stride, int64_t bytes) {
-  __m512i sums[8];
-  for (int lane = 0; lane < 8; ++lane) {
-    const uint8_t* code = codes + lane * stride;
-    if constexpr (short_codes) {
-      sums[lane] = _mm512_popcnt_epi64(_mm512_xor_si512(short_query, _mm512_maskz_loadu_epi8(short_mask, code)));
-    } else {
-      sums[lane] = count_difference(query, code, bytes);
-    }
-  }
-  return sum_lanes(sums);
+// How codes lie: apart, each in one or two vectors so that the query stays in registers; or several to a vector.
+enum class Lie { anyhow, one_vector, two_vectors, four_a_vector, two_a_vector };
+
+struct Query {
+  __m512i first, second;
+  __mmask64 last;  // the bytes of its last vector
+};
+
+inline __m512i ones_of_difference(const uint8_t* code, __m512i query) {
+  return _mm512_popcnt_epi64(_mm512_xor_si512(query, _mm512_loadu_si512(code)));
+}
+inline __m512i ones_of_last(const uint8_t* code, __m512i query, __mmask64 last) {
+  return _mm512_popcnt_epi64(_mm512_xor_si512(query, _mm512_maskz_loadu_epi8(last, code)));
+}
+inline __m512i add_neighbours(__m512i a, __m512i b) {
+  return _mm512_add_epi64(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
 }
 
-void distances(const uint8_t* query, const uint8_t* codes, int64_t stride, int64_t count, int64_t bytes, int32_t* out) {
-  const bool short_codes = bytes > 0 && bytes <= 64;
-  const __mmask64 mask = short_codes ? ~uint64_t{0} >> (64 - bytes) : 0;
-  const __m512i short_query = _mm512_maskz_loadu_epi8(mask, query);
+// Distances to eight codes; `query` is repeated where several codes share a vector.
+template <Lie lie>
+inline __m256i eight_distances(const Comparison& c, const uint8_t* codes, const Query& query) {
+  if constexpr (lie == Lie::four_a_vector) {
+    // codes 0, 4, 1, 5, 2, 6, 3, 7
+    const __m512i sums =
+        add_neighbours(ones_of_difference(codes, query.first), ones_of_difference(codes + 64, query.first));
+    const __m512i order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+    return _mm512_cvtepi64_epi32(_mm512_permutexvar_epi64(order, sums));
+  } else if constexpr (lie == Lie::two_a_vector) {
+    const __m512i low =
+        add_neighbours(ones_of_difference(codes, query.first), ones_of_difference(codes + 64, query.first));
+    const __m512i high =
+        add_neighbours(ones_of_difference(codes + 128, query.first), ones_of_difference(codes + 192, query.first));
+    // in both, lanes 0 and 2 belong to the first code, 4 and 6 to the second, the odd ones to the next two
+    const __m512i first = _mm512_setr_epi64(0, 4, 1, 5, 8, 12, 9, 13),
+                  second = _mm512_setr_epi64(2, 6, 3, 7, 10, 14, 11, 15);
+    return _mm512_cvtepi64_epi32(
+        _mm512_add_epi64(_mm512_permutex2var_epi64(low, first, high), _mm512_permutex2var_epi64(low, second, high)));
+  } else {
+    __m512i sums[8];
+    for (int lane = 0; lane < 8; ++lane) {
+      const uint8_t* code = codes + lane * c.stride;
+      if constexpr (lie == Lie::one_vector) {
+        sums[lane] = ones_of_last(code, query.first, query.last);
+      } else if constexpr (lie == Lie::two_vectors) {
+        sums[lane] =
+            _mm512_add_epi64(ones_of_difference(code, query.first), ones_of_last(code + 64, query.second, query.last));
+      } else {
+        sums[lane] = count_difference(c.queries, code, c.bytes);
+      }
+    }
+    return _mm512_cvtepi64_epi32(sum_lanes(sums));
+  }
+}
+
+// So many bytes ahead of the codes that are read: across the next page's start into the second cache, which the
+// processor itself does not do, and then into the first.
+constexpr int64_t kFetchFar = 4096, kFetchNear = 1024;
+
+// Up to 32 codes; bit n of the answer is set where code n is nearer than the bound.
+template <Lie lie>
+inline uint32_t compare_group(const Comparison& c, const uint8_t* codes, int64_t count, const Query& query,
+                              int32_t* out) {
+  const __m256i bound = _mm256_set1_epi32(c.bounds[0]);
+  uint32_t near = 0;
   int64_t n = 0;
   for (; n + 8 <= count; n += 8) {
-    const uint8_t* eight = codes + n * stride;
-    const __m512i sums = short_codes ? difference_of_eight<true>(query, short_query, mask, eight, stride, bytes)
-                                     : difference_of_eight<false>(query, short_query, mask, eight, stride, bytes);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + n), _mm512_cvtepi64_epi32(sums));
+    const uint8_t* eight = codes + n * c.stride;
+    for (int64_t byte = 0; byte < 8 * c.stride; byte += 64) {
+      __builtin_prefetch(eight + kFetchFar + byte, 0, 2);
+      __builtin_prefetch(eight + kFetchNear + byte);
+    }
+    const __m256i sums = eight_distances<lie>(c, eight, query);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + n), sums);
+    near |= static_cast<uint32_t>(_mm256_cmplt_epi32_mask(sums, bound)) << n;
   }
   for (; n < count; ++n) {
-    out[n] = static_cast<int32_t>(_mm512_reduce_add_epi64(count_difference(query, codes + n * stride, bytes)));
+    out[n] = static_cast<int32_t>(_mm512_reduce_add_epi64(count_difference(c.queries, codes + n * c.stride, c.bytes)));
+    near |= static_cast<uint32_t>(out[n] < c.bounds[0]) << n;
+  }
+  return near;
+}
+
+template <Lie lie>
+void compare(const Comparison& c, const Query& query) {
+  for (int64_t n = 0; n < c.count; n += kGroupCodes) {
+    const int64_t here = c.count - n < kGroupCodes ? c.count - n : kGroupCodes;
+    c.near[n / kGroupCodes] = compare_group<lie>(c, c.codes + n * c.stride, here, query, c.out + n);
+  }
+}
+
+void distances(const Comparison& c) {
+  const int64_t last_bytes = c.bytes % 64 == 0 ? 64 : c.bytes % 64;
+  const bool dense = c.stride == c.bytes;
+  Query query = {_mm512_setzero_si512(), _mm512_setzero_si512(), ~uint64_t{0} >> (64 - last_bytes)};
+  if (dense && c.bytes == 16) {
+    query.first = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(c.queries)));
+    compare<Lie::four_a_vector>(c, query);
+  } else if (dense && c.bytes == 32) {
+    query.first = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(c.queries)));
+    compare<Lie::two_a_vector>(c, query);
+  } else if (c.bytes > 0 && c.bytes <= 64) {
+    query.first = _mm512_maskz_loadu_epi8(query.last, c.queries);
+    compare<Lie::one_vector>(c, query);
+  } else if (c.bytes > 64 && c.bytes <= 128) {
+    query.first = _mm512_loadu_si512(c.queries);
+    query.second = _mm512_maskz_loadu_epi8(query.last, c.queries + 64);
+    compare<Lie::two_vectors>(c, query);
+  } else {
+    compare<Lie::anyhow>(c, query);
   }
 }
 
@@ -189,64 +273,30 @@ inline int32_t code_distance(const uint8_t* query, const uint8_t* code, int64_t 
   return static_cast<int32_t>(sum);
 }
 
-void distances(const uint8_t* query, const uint8_t* codes, int64_t stride, int64_t count, int64_t bytes, int32_t* out) {
-  for (int64_t n = 0; n < count; ++n) out[n] = code_distance(query, codes + n * stride, bytes);
+void distances(const Comparison& c) {
+  for (int64_t group = 0; group * kGroupCodes < c.count; ++group) {
+    uint32_t near = 0;
+    for (int64_t i = 0, n = group * kGroupCodes; i < kGroupCodes && n < c.count; ++i, ++n) {
+      c.out[n] = code_distance(c.queries, c.codes + n * c.stride, c.bytes);
+      near |= static_cast<uint32_t>(c.out[n] < c.bounds[0]) << i;
+    }
+    c.near[group] = near;
+  }
 }
 
 #endif
-
-// ---- selection ----
-
-int64_t select(const int32_t* distances, int64_t count, int32_t bound, int64_t first, int32_t* out_distances,
-               int64_t* out_indices) {
-  int64_t found = 0, n = 0;
-#if defined(EK_ISA_AVX512)
-  const __m512i limit = _mm512_set1_epi32(bound);
-  for (; n + 16 <= count; n += 16) {
-    const __m512i sixteen = _mm512_loadu_si512(distances + n);
-    unsigned near = _mm512_cmplt_epi32_mask(sixteen, limit);
-    for (; near != 0; near &= near - 1, ++found) {
-      const int64_t place = n + __builtin_ctz(near);
-      out_distances[found] = distances[place];
-      out_indices[found] = first + place;
-    }
-  }
-#elif defined(EK_ISA_AVX2)
-  const __m256i limit = _mm256_set1_epi32(bound);
-  for (; n + 8 <= count; n += 8) {
-    const __m256i eight = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(distances + n));
-    unsigned near = static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpgt_epi32(limit, eight))));
-    for (; near != 0; near &= near - 1, ++found) {
-      const int64_t place = n + __builtin_ctz(near);
-      out_distances[found] = distances[place];
-      out_indices[found] = first + place;
-    }
-  }
-#endif
-  for (; n < count; ++n) {
-    if (distances[n] < bound) {
-      out_distances[found] = distances[n];
-      out_indices[found++] = first + n;
-    }
-  }
-  return found;
-}
 
 }  // namespace
 
 extern const HammingLoops EK_LEVEL_NAME(hamming_loops) = {
     {pack_bits<kFloat32>, pack_bits<kBFloat16>, pack_bits<kFloat16>},
     distances,
-    kTileCodes,
-    kTileQueries,
-    kWordBytes,
-    kQueryBytes,
-    kTileFrom,
-    kTileBytes,
+    kBlockQueries,
+    block_bytes,
     lay_queries,
-    lay_codes,
-    tile_distances,
-    select,
+    kManyQueries,
+    scratch_bytes,
+    many_distances,
 };
 
 }  // namespace embedding_kernels

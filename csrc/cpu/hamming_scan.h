@@ -1,4 +1,4 @@
-// Goes over codes once for several queries. Knows no torch and no threads.
+// Goes over codes once for several queries, for hamming_driver.h. Knows no torch and no threads.
 #pragma once
 
 #include <algorithm>
@@ -21,23 +21,22 @@ struct Codes {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Codes that are read as they lie, in one step: they stay in the first cache for the next query.
+// Codes in one step of a scan. Those that are read as they lie stay in the first cache for the next query; distances
+// of many queries stay in the second until they have been looked at.
 constexpr int64_t kStepBytes = 32 * 1024;
 constexpr int64_t kMaxStep = 2048;
-constexpr int64_t kMaxStepDistances = 16 * 1024;
+constexpr int64_t kStepDistances = 32 * 1024;
 
 inline int64_t step_codes(const HammingLoops& loops, int64_t queries, int64_t bytes) {
-  const int64_t words = std::max<int64_t>(ceil_div(bytes, 8), 1);
-  if (queries < loops.tile_from) return std::clamp<int64_t>(kStepBytes / (8 * words), 1, kMaxStep);
-  const int64_t most = std::min(kMaxStep, kMaxStepDistances / loops.tile_queries) / loops.tile_codes;
-  return std::clamp<int64_t>(loops.tile_bytes / (words * loops.word_bytes) / loops.tile_codes, 1, most) *
-         loops.tile_codes;
+  const int64_t fit =
+      queries < loops.many_queries ? kStepBytes / std::max<int64_t>(bytes, 1) : kStepDistances / queries;
+  return std::clamp<int64_t>(fit / kGroupCodes, 4, kMaxStep / kGroupCodes) * kGroupCodes;
 }
 
-// Memory for tiles, aligned as the loops want it.
-class TileMemory {
+// Memory aligned as the loops want it.
+class AlignedMemory {
  public:
-  explicit TileMemory(int64_t bytes) : lines_(ceil_div(bytes, 64)) {}
+  explicit AlignedMemory(int64_t bytes) : lines_(ceil_div(bytes, 64)) {}
   uint8_t* data() { return lines_.data()->bytes; }
 
  private:
@@ -47,55 +46,76 @@ class TileMemory {
   std::vector<Line> lines_;
 };
 
-// Calls visit(query, first, count, distances) for queries [begin, end) and every step of codes [first_code, last_code),
-// each query's steps in ascending order. `distances` lives until the next call.
-template <class Visit>
-void scan_rows(const HammingLoops& loops, const Codes& queries, int64_t begin, int64_t end, const Codes& codes,
-               int64_t first_code, int64_t last_code, const Visit& visit) {
-  const int64_t step = step_codes(loops, end - begin, codes.bytes);
-  std::vector<int32_t> distances(step);
-  for (int64_t n = first_code; n < last_code; n += step) {
-    const int64_t count = std::min(step, last_code - n);
-    for (int64_t q = begin; q < end; ++q) {
-      loops.distances(queries.row(q), codes.row(n), codes.stride, count, codes.bytes, distances.data());
-      visit(q, n, count, distances.data());
-    }
-  }
-}
+// Some codes in a row and one query: distances[i] is that of code first + i; bit i % 32 of near[i / 32] is set where
+// it is below the query's bound, and no bit past the last code is.
+struct Found {
+  int64_t query, first, count;
+  const int32_t* distances;
+  const uint32_t* near;
 
-template <class Visit>
-void scan_tiles(const HammingLoops& loops, const Codes& queries, int64_t begin, int64_t end, const Codes& codes,
-                int64_t first_code, int64_t last_code, const Visit& visit) {
-  const int64_t words = ceil_div(codes.bytes, 8), together = loops.tile_queries;
-  const int64_t step = step_codes(loops, end - begin, codes.bytes);
-  const int64_t block_bytes = together * (words * loops.word_bytes + loops.query_bytes);
-  TileMemory blocks(ceil_div(end - begin, together) * block_bytes);
-  for (int64_t q = begin; q < end; q += together) {
-    loops.lay_queries(queries.row(q), queries.stride, std::min(together, end - q), queries.bytes,
-                      blocks.data() + (q - begin) / together * block_bytes);
+  bool any() const {
+    uint32_t bits = 0;
+    for (int64_t group = 0; group * kGroupCodes < count; ++group) bits |= near[group];
+    return bits != 0;
   }
-  TileMemory tiles(step * words * loops.word_bytes);
-  std::vector<int32_t> distances(together * step);
-  for (int64_t n = first_code; n < last_code; n += step) {
-    const int64_t count = std::min(step, last_code - n);
-    loops.lay_codes(codes.row(n), codes.stride, count, codes.bytes, tiles.data());
-    const int64_t padded = ceil_div(count, loops.tile_codes) * loops.tile_codes;
-    for (int64_t q = begin; q < end; q += together) {
-      const int64_t present = std::min(together, end - q);
-      loops.tile_distances(blocks.data() + (q - begin) / together * block_bytes, present, tiles.data(), padded, words,
-                           distances.data(), step);
-      for (int64_t i = 0; i < present; ++i) visit(q + i, n, count, distances.data() + i * step);
-    }
-  }
-}
+};
 
+// Queries [begin, end) and codes [first, last). bounds[query - begin] may be lowered on the way.
+struct Scan {
+  Codes queries;
+  int64_t begin, end;
+  Codes codes;
+  int64_t first, last;
+  int32_t* bounds;
+
+  int64_t query_count() const { return end - begin; }
+};
+
+// Calls visit(found) for every query and step of codes, each query's in ascending order. What is found lives until the
+// next call.
 template <class Visit>
-void scan(const HammingLoops& loops, const Codes& queries, int64_t begin, int64_t end, const Codes& codes,
-          int64_t first_code, int64_t last_code, const Visit& visit) {
-  if (end - begin < loops.tile_from) {
-    scan_rows(loops, queries, begin, end, codes, first_code, last_code, visit);
-  } else {
-    scan_tiles(loops, queries, begin, end, codes, first_code, last_code, visit);
+void scan(const HammingLoops& loops, const Scan& work, const Visit& visit) {
+  const int64_t queries = work.query_count(), words = ceil_div(work.codes.bytes, 8);
+  const bool many = queries >= loops.many_queries;
+  const int64_t together = many ? loops.block_queries : 1, blocks = ceil_div(queries, together);
+  const int64_t block_bytes = many ? loops.block_bytes(words) : 0;
+  AlignedMemory block_memory(blocks * block_bytes);
+  for (int64_t b = 0; many && b < blocks; ++b) {
+    loops.lay_queries(work.queries.row(work.begin + b * together), work.queries.stride,
+                      std::min(together, queries - b * together), work.queries.bytes,
+                      block_memory.data() + b * block_bytes);
+  }
+  const int64_t step = step_codes(loops, queries, work.codes.bytes), groups = step / kGroupCodes;
+  // a line more: rows a power of two apart would push each other out of the cache
+  const int64_t row = step + 16;
+  AlignedMemory scratch(many ? loops.scratch_bytes(words) : 0);
+  AlignedMemory out(4 * row * together * (many ? blocks : 1));
+  std::vector<uint32_t> near(groups * (many ? queries : 1));
+  for (int64_t n = work.first; n < work.last; n += step) {
+    Comparison c = {block_memory.data(),
+                    queries,
+                    work.codes.row(n),
+                    work.codes.stride,
+                    std::min(step, work.last - n),
+                    work.codes.bytes,
+                    0,
+                    work.bounds,
+                    scratch.data(),
+                    reinterpret_cast<int32_t*>(out.data()),
+                    row,
+                    near.data(),
+                    groups};
+    c.following = work.last - n - c.count;
+    if (many) loops.many_distances(c);
+    for (int64_t q = 0; q < queries; ++q) {
+      if (!many) {
+        c.queries = work.queries.row(work.begin + q);
+        c.bounds = work.bounds + q;
+        loops.distances(c);
+      }
+      const int64_t place = many ? q : 0;
+      visit(Found{work.begin + q, n, c.count, c.out + place * row, c.near + place * groups});
+    }
   }
 }
 

@@ -3,62 +3,39 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <atomic>
-#include <exception>
-#include <mutex>
+#include <optional>
 #include <stdexcept>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "../cpu/hamming.h"
 #include "../cpu/hamming_driver.h"
 #include "../cpu/isa.h"
+#include "threads.h"
 
 namespace py = pybind11;
 using namespace embedding_kernels;
 
 namespace {
 
-// The drivers' parallel_for on threads of its own; the first exception of a task is raised in the caller.
-class ThreadParallelFor {
- public:
-  explicit ThreadParallelFor(int64_t threads) : threads_(threads) {}
-
-  template <class Task>
-  void operator()(int64_t count, const Task& task) const {
-    std::atomic<int64_t> next{0};
-    std::exception_ptr failure;
-    std::mutex guard;
-    const auto work = [&] {
-      try {
-        for (int64_t i; (i = next++) < count;) task(i);
-      } catch (...) {
-        const std::lock_guard<std::mutex> lock(guard);
-        if (!failure) failure = std::current_exception();
-        next = count;
-      }
-    };
-    std::vector<std::thread> others;
-    for (int64_t t = 1; t < std::min(threads_, count); ++t) others.emplace_back(work);
-    work();
-    for (std::thread& other : others) other.join();
-    if (failure) std::rethrow_exception(failure);
-  }
-
- private:
-  int64_t threads_;
-};
-
 using Bytes = py::array_t<uint8_t, py::array::c_style>;
 
-int64_t thread_count(int64_t threads) {
-  return threads > 0 ? threads : std::max<int64_t>(1, std::thread::hardware_concurrency());
+// More threads than this help nobody, and sizes are multiplied by their number.
+constexpr int64_t kMaxThreads = 1 << 14;
+
+int64_t thread_count(int64_t num_threads) {
+  if (num_threads > 0) return std::min(num_threads, kMaxThreads);
+  return std::max<int64_t>(1, std::thread::hardware_concurrency());
 }
 
-Codes codes_of(const Bytes& array) { return {array.data(), array.shape(0), array.shape(1), array.shape(1)}; }
+// Read where they lie, at any stride between rows; the caller has seen to it that the bytes of a row are dense.
+Codes codes_of(const py::array& rows) {
+  return {static_cast<const uint8_t*>(rows.data()), rows.shape(0), rows.strides(0), rows.shape(1)};
+}
 
-Bytes pack_bits(const py::array& x, int64_t threads) {
+const uint8_t* bytes_of(const std::optional<Bytes>& allowed) { return allowed ? allowed->data() : nullptr; }
+
+Bytes pack_bits(const py::array& x, int64_t num_threads) {
   const Dtype dtype = x.itemsize() == 4 ? kFloat32 : kFloat16;
   const int64_t rows = x.shape(0), dim = x.shape(1), bytes = (dim + 7) / 8, stride = x.strides(0);
   Bytes out({rows, bytes});
@@ -66,7 +43,7 @@ Bytes pack_bits(const py::array& x, int64_t threads) {
   uint8_t* to = out.mutable_data();
   const auto pack = hamming_loops().pack_bits[dtype];
   const py::gil_scoped_release release;
-  const int64_t parts = rows * dim < (1 << 16) ? 1 : thread_count(threads);
+  const int64_t parts = rows * dim < (1 << 16) ? 1 : thread_count(num_threads);
   ThreadParallelFor{parts}(parts, [&](int64_t part) {
     for (int64_t n = rows * part / parts; n < rows * (part + 1) / parts; ++n)
       pack(from + n * stride, dim, to + n * bytes);
@@ -74,29 +51,51 @@ Bytes pack_bits(const py::array& x, int64_t threads) {
   return out;
 }
 
-py::array_t<int32_t> distance(const Bytes& queries, const Bytes& codes, int64_t threads) {
+py::array_t<int32_t> distance(const py::array& queries, const py::array& codes, int64_t num_threads) {
   py::array_t<int32_t> out({queries.shape(0), codes.shape(0)});
   const Codes from = codes_of(queries), to = codes_of(codes);
   int32_t* data = out.mutable_data();
   const py::gil_scoped_release release;
-  const int64_t count = thread_count(threads);
+  const int64_t count = thread_count(num_threads);
   hamming_distance(hamming_loops(), from, to, data, count, ThreadParallelFor(count));
   return out;
 }
 
-py::tuple topk(const Bytes& queries, const Bytes& codes, int64_t k, const std::optional<Bytes>& allowed,
-               int64_t threads) {
+py::tuple topk(const py::array& queries, const py::array& codes, int64_t k, const std::optional<Bytes>& allowed,
+               int64_t num_threads) {
   py::array_t<int32_t> distances({queries.shape(0), static_cast<py::ssize_t>(k)});
   py::array_t<int64_t> indices({queries.shape(0), static_cast<py::ssize_t>(k)});
   const TopK out = {k, distances.mutable_data(), indices.mutable_data()};
   const Codes from = codes_of(queries), to = codes_of(codes);
-  const uint8_t* mask = allowed ? allowed->data() : nullptr;
+  const uint8_t* mask = bytes_of(allowed);
   {
     const py::gil_scoped_release release;
-    const int64_t count = thread_count(threads);
+    const int64_t count = thread_count(num_threads);
     hamming_topk(hamming_loops(), from, to, mask, out, count, ThreadParallelFor(count));
   }
   return py::make_tuple(distances, indices);
+}
+
+py::tuple range(const py::array& queries, const py::array& codes, int64_t radius, const std::optional<Bytes>& allowed,
+                int64_t num_threads) {
+  const Codes from = codes_of(queries), to = codes_of(codes);
+  const uint8_t* mask = bytes_of(allowed);
+  const int64_t count = thread_count(num_threads);
+  RangeAnswers answers;
+  {
+    const py::gil_scoped_release release;
+    answers = hamming_range(hamming_loops(), from, to, mask, radius, count, ThreadParallelFor(count));
+  }
+  py::array_t<int64_t> offsets(answers.offsets.size(), answers.offsets.data());
+  py::array_t<int32_t> distances(answers.offsets.back());
+  py::array_t<int64_t> indices(answers.offsets.back());
+  int32_t* to_distances = distances.mutable_data();
+  int64_t* to_indices = indices.mutable_data();
+  {
+    const py::gil_scoped_release release;
+    write_range(answers, to_distances, to_indices, ThreadParallelFor(count));
+  }
+  return py::make_tuple(offsets, distances, indices);
 }
 
 py::list isa_levels() {
@@ -114,6 +113,7 @@ PYBIND11_MODULE(_host, m) {
   m.def("pack_bits", &pack_bits);
   m.def("hamming_distance", &distance);
   m.def("hamming_topk", &topk);
+  m.def("hamming_range", &range);
   m.def(
       "isa", [] { return std::string(isa_name(isa())); }, "Level in use; ValueError if a forced one is not to be had.");
   m.def("isa_levels", &isa_levels, "Levels that this processor and build have, lowest first.");

@@ -21,6 +21,8 @@ _LAZY = {
     "hamming_topk": ".ops.hamming",
     "hamming_range": ".ops.hamming",
     "rescore_topk": ".ops.hamming",
+    "add_rms_norm": ".ops.norm",
+    "add_layer_norm": ".ops.norm",
     "paragraph_vector_step": ".ops.paragraph_vector",
     "segment_pool": ".ops.pooling",
     "segment_pool_pack_bits": ".ops.pooling",
@@ -29,6 +31,7 @@ _LAZY = {
     "cu_seqlens_from_mask": ".ops.pooling",
     "use_backend": ".ops.backend",
     "BinaryIndex": ".index",
+    "ShardedBinaryIndex": ".index",
     "BinaryParagraphVector": ".models",
     "Embedder": ".models",
 }
@@ -38,6 +41,7 @@ __all__ = [*_LAZY, "__version__"]
 
 if TYPE_CHECKING:
     from .index import BinaryIndex as BinaryIndex
+    from .index import ShardedBinaryIndex as ShardedBinaryIndex
     from .models import BinaryParagraphVector as BinaryParagraphVector
     from .models import Embedder as Embedder
     from .ops.attention import merge_attention as merge_attention
@@ -48,6 +52,8 @@ if TYPE_CHECKING:
     from .ops.hamming import hamming_topk as hamming_topk
     from .ops.hamming import pack_bits as pack_bits
     from .ops.hamming import rescore_topk as rescore_topk
+    from .ops.norm import add_layer_norm as add_layer_norm
+    from .ops.norm import add_rms_norm as add_rms_norm
     from .ops.paragraph_vector import paragraph_vector_step as paragraph_vector_step
     from .ops.pooling import cu_seqlens_from_mask as cu_seqlens_from_mask
     from .ops.pooling import pack_padded as pack_padded

@@ -21,12 +21,18 @@ LEVELS = ("portable", "avx2", "avx512", "amx")
 MARKS = {
     "attention_loops": {"avx2": ("vfmadd.*ymm",), "avx512": ("vfmadd.*zmm", "vdpbf16ps.*zmm"), "amx": ("tdpbf16ps",)},
     "attention_backward_loops": {"avx2": ("vfmadd.*ymm",), "avx512": ("vfmadd.*zmm",), "amx": ("vfmadd.*zmm",)},
-    "hamming_loops": {"avx2": ("vpshufb.*ymm",), "avx512": ("vpopcntq.*zmm",)},
+    "hamming_loops": {
+        "avx2": ("vpshufb.*ymm",),
+        "avx512": ("vpopcntq.*zmm",),
+        "amx": ("tdpbssd", "tileloaddt1", "vgf2p8affineqb.*zmm"),
+    },
+    "norm_loops": {"avx2": ("vcvtph2ps.*ymm",), "avx512": ("vcvtph2ps.*zmm",)},
     "paragraph_vector_loops": {"avx2": ("vfmadd.*ymm",), "avx512": ("vfmadd.*zmm",)},
     "pooling_loops": {"avx2": ("vcvtph2ps.*ymm",), "avx512": ("vcvtph2ps.*zmm",)},
+    "rescore_loops": {"avx2": ("vfmadd.*ymm", "vpmovsxbd.*ymm"), "avx512": ("vfmadd.*zmm", "vpmovsxbd.*zmm")},
 }
 FORBIDDEN = {"portable": r"%[yzt]mm", "avx2": r"%[zt]mm", "avx512": r"%tmm", "amx": r"(?!)"}
-# only attention has products for tiles
+# other families have no products for tiles
 OBJECTS = [(level, name) for name in LOOPS for level in LEVELS if level != "amx" or "amx" in MARKS.get(name, ())]
 
 pytestmark = [

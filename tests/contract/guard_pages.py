@@ -57,6 +57,18 @@ def attention():
             yield "merge_attention_backward", (out, lse, out, lse, out, lse)
 
 
+def rescoring():
+    """Vectors of every kind, and their queries, of every size."""
+    candidates = torch.tensor([[0, 6, -1, 3], [6, 6, 5, 0]])
+    for dim in range(1, 140):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            queries = torch.randn(2, dim).to(dtype)
+            yield "rescore_topk", (queries, candidates, torch.randn(7, dim).to(dtype), 5, None)
+        codes = torch.randint(0, 256, (7, (dim + 7) // 8), dtype=torch.uint8)
+        yield "rescore_topk", (queries, candidates, codes, 2, None)
+        yield "rescore_topk", (queries, candidates, codes.repeat(1, 8)[:, :dim].view(torch.int8), 2, torch.rand(dim))
+
+
 def odd_sizes():
     """Calls whose rows end at every place of a vector."""
     torch.manual_seed(1)
@@ -69,11 +81,13 @@ def odd_sizes():
                 yield "segment_pool", (x, offsets, mode, 1, None, True, None, None)
                 yield "segment_pool_backward", (x[:2], x, offsets, 3, dim, dtype, mode, 1, None, True)
     yield from attention()
+    yield from rescoring()
     for width in range(1, 140):
         codes = torch.randint(0, 256, (21, width), dtype=torch.uint8)
         for queries in (1, 5):
             yield "hamming_distance", (codes[:queries], codes)
             yield "hamming_topk", (codes[:queries], codes, 4, None, None)
+            yield "hamming_range", (codes[:queries], codes, 4 * width + 1, codes[0, :1].expand(3))
 
 
 def main() -> None:

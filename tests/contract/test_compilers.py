@@ -27,6 +27,10 @@ def codes(rows: int, seed: int) -> torch.Tensor:
     return torch.randint(0, 256, (rows, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
+def rows_to_score(step: int) -> torch.Tensor:
+    return torch.arange((2 + step) * (7 + step)).reshape(2 + step, 7 + step) % (30 + step)
+
+
 def heads(step: int) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Rows of two heads, their offsets and the longest text's length."""
     hidden, cu_seqlens, mask, _ = ragged(step)
@@ -41,6 +45,12 @@ def attend(q: torch.Tensor, cu_seqlens: torch.Tensor, longest: int) -> tuple[tor
 
 def merge(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return ek.merge_attention(q, q[..., 0].T, 2 * q, q[..., 1].T)
+
+
+def add_and_norm(step: int) -> tuple[torch.Tensor, ...]:
+    """Rows, residual, weight and bias."""
+    rows = ragged(step)[0]
+    return rows, 2 * rows, torch.randn(24), torch.randn(24)
 
 
 def learn(documents: torch.Tensor, words: torch.Tensor, tokens: torch.Tensor, cu_seqlens: torch.Tensor):
@@ -71,8 +81,21 @@ CALLS = {
         lambda a, b, k: ek.hamming_topk(a, b, k),
         (codes(2 + step, 0), codes(30 + step, 1), 3 + step),
     ),
+    "hamming_range": lambda step: (
+        lambda a, b, r: ek.hamming_range(a, b, r),
+        (codes(2 + step, 0), codes(30 + step, 1), 60 + step),
+    ),
+    "rescore_topk": lambda step: (
+        lambda q, c, v, k: ek.rescore_topk(q, c, v, k),
+        (torch.randn(2 + step, 24), rows_to_score(step), torch.randn(30 + step, 24), 3 + step),
+    ),
     "segment_pool": lambda step: (lambda x, c: ek.segment_pool(x, c, normalize=True), ragged(step)[:2]),
     "segment_pool_pack_bits": lambda step: (lambda x, c: ek.segment_pool_pack_bits(x, c), ragged(step)[:2]),
+    "add_rms_norm": lambda step: (
+        lambda x, r, w: ek.add_rms_norm(x, r, w, one_plus_weight=True),
+        add_and_norm(step)[:3],
+    ),
+    "add_layer_norm": lambda step: (lambda x, r, w, b: ek.add_layer_norm(x, r, w, bias=b), add_and_norm(step)),
     "pack_padded": lambda step: (
         lambda p, m, t: ek.pack_padded(p, m, t),
         (ragged(step)[3], ragged(step)[2], ragged(step)[0].shape[0]),
@@ -128,6 +151,32 @@ def test_export_keeps_the_operators_and_serves_other_sizes():
     for step in (1, 7):
         hidden, cu_seqlens, _, _ = ragged(step)
         assert_same(program.module()(hidden, cu_seqlens), Pooler()(hidden, cu_seqlens))
+
+
+class Near(torch.nn.Module):
+    """Rows whose codes are near to the first, in an output whose size depends on values."""
+
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        codes = ek.pack_bits(hidden)
+        offsets, _, indices = ek.hamming_range(codes[:1], codes, 12)
+        return offsets, hidden[indices] * 2
+
+
+def test_a_size_that_depends_on_values_is_compiled_and_exported():
+    torch._dynamo.reset()
+    compiled = torch.compile(Near(), fullgraph=True, backend="aot_eager")
+    program = torch.export.export(
+        Near(), (torch.randn(50, 24),), dynamic_shapes=({0: torch.export.Dim("rows", min=2)},)
+    )
+    assert "embedding_kernels.hamming_range.default" in [str(node.target) for node in program.graph.nodes]
+    sizes = set()
+    for rows in (50, 9, 300):
+        hidden = torch.randn(rows, 24)
+        expected = Near()(hidden)
+        assert_same(compiled(hidden), expected)
+        assert_same(program.module()(hidden), expected)
+        sizes.add(expected[1].shape[0])
+    assert len(sizes) == 3
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ def run(level: str, *command: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("level", [level for level in LEVELS if level != _host.isa()])
 def test_suites(level):
-    suites = ("tests/attention", "tests/hamming", "tests/paragraph_vector", "tests/pooling")
+    suites = ("tests/attention", "tests/hamming", "tests/norm", "tests/paragraph_vector", "tests/pooling")
     result = run(level, "-m", "pytest", "-q", "-m", "not slow", "--backend", "cpu", "-p", "no:cacheprovider", *suites)
     assert result.returncode == 0, result.stdout[-4000:]
     assert " passed" in result.stdout.splitlines()[-1]

@@ -4,9 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from embedding_kernels.ops._registry import OPERATORS
-from operators import DIFFERENTIABLE, SAMPLES, assert_same, call_public, everything, fresh, is_float, outputs
+from operators import (
+    DATA_DEPENDENT,
+    DIFFERENTIABLE,
+    SAMPLES,
+    assert_same,
+    call_public,
+    everything,
+    fresh,
+    is_float,
+    outputs,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -29,10 +41,31 @@ def test_opcheck(sample):
 @by_sample
 def test_fake_gives_shape_dtype_and_strides(sample):
     op = OPERATORS[sample.op]
+    if sample.op in DATA_DEPENDENT:
+        pytest.skip("meta tensors have no values: see the next test")
     real = outputs(op.overload(*sample.args()))
     meta = op.overload(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in sample.args()))
     for a, b in zip(real, outputs(meta), strict=True):
         assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+
+
+@pytest.mark.parametrize("sample", [sample for sample in SAMPLES if sample.op in DATA_DEPENDENT], ids=str)
+def test_fake_of_unknown_size(sample):
+    """Sizes that depend on values are symbols, the same in every output that shares them; the rest is as it is."""
+    op = OPERATORS[sample.op]
+    real = outputs(op.overload(*sample.args()))
+    with FakeTensorMode(shape_env=ShapeEnv()) as mode:
+        args = [mode.from_tensor(a, static_shapes=True) if isinstance(a, torch.Tensor) else a for a in sample.args()]
+        fake = outputs(op.overload(*args))
+    assert len(real) == len(fake)
+    symbols = {}
+    for a, b in zip(real, fake, strict=True):
+        assert (a.dtype, a.dim(), a.stride()) == (b.dtype, b.dim(), b.stride())
+        for size, symbol in zip(a.shape, b.shape, strict=True):
+            assert size == (symbol if isinstance(symbol, int) else symbols.setdefault(str(symbol), size))
+    assert symbols
+    with pytest.raises(RuntimeError, match="data-dependent shape"):
+        op.overload(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in sample.args()))
 
 
 @by_sample
@@ -111,7 +144,7 @@ def test_autocast_casts_activations_alone(sample):
         assert_same(under, plain)
         return
     named = zip(op.argument_names, args, strict=False)
-    moved = [a.bfloat16() if name in op.autocast else a for name, a in named]
+    moved = [a.bfloat16() if name in op.autocast and a is not None else a for name, a in named]
     assert_same(under, op.overload(*moved))
 
 
@@ -128,7 +161,11 @@ def test_flops_are_counted(sample):
 
 def test_flops_grow_with_the_work():
     assert OPERATORS["hamming_distance"].flops((2, 16), (10, 16)) == 2 * 2 * 10 * 128
+    assert OPERATORS["hamming_range"].flops((2, 16), (10, 16), 5) == 2 * 2 * 10 * 128
+    assert OPERATORS["rescore_topk"].flops((3, 100), (3, 20), (999, 100), 10) == 2 * 3 * 20 * 100
     assert OPERATORS["segment_pool"].flops((7, 5), (3,), "mean") == 35
+    assert OPERATORS["add_rms_norm"].flops((7, 5), None, (5,)) == 5 * 35
+    assert OPERATORS["add_layer_norm"].flops((7, 5), (7, 5), (5,)) == 8 * 35
     # one sequence: a multiplication and an addition for each query, key and dimension, of keys and of values
     assert OPERATORS["varlen_attention"].flops((7, 2, 16), (5, 1, 16), (5, 1, 24), (2,)) == 2 * 2 * 7 * 5 * (16 + 24)
     merged = (7, 2, 16), (2, 7), (7, 2, 16), (2, 7)

@@ -10,15 +10,12 @@ from hypothesis import strategies as st
 
 import embedding_kernels as ek
 from embedding_kernels import reference
+from hamming.made_codes import MAKERS, codes, distances
 from operators import assert_same
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # around a word, a vector, and the widths that models give
 WIDTHS = (0, 1, 7, 8, 9, 31, 32, 33, 48, 63, 64, 65, 96, 128, 200)
-
-
-def codes(rows: int, width: int) -> torch.Tensor:
-    return torch.randint(0, 256, (rows, width), dtype=torch.uint8)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -56,16 +53,13 @@ def test_pack_bits_equals_sentence_transformers_ubinary(backend, device):
 def test_hamming_distance(backend, device, require_kernel, queries, count, width):
     require_kernel("hamming_distance")
     a, b = codes(queries, width), codes(count, width)
-    expected = torch.from_numpy(
-        np.unpackbits(a.numpy()[:, None] ^ b.numpy()[None], axis=-1).sum(-1, dtype=np.int32).reshape(queries, count)
-    )
+    expected = torch.from_numpy(distances(a, b).astype(np.int32))
     assert_same(ek.hamming_distance(a.to(device), b.to(device), backend=backend), expected)
 
 
 def brute_force(queries: torch.Tensor, base: torch.Tensor, k: int, allowed=None) -> tuple[torch.Tensor, torch.Tensor]:
     """Independent of the reference: NumPy's lexicographic sort of (distance, index)."""
-    distance = np.unpackbits(queries.numpy()[:, None] ^ base.numpy()[None], axis=-1).sum(-1, dtype=np.int64)
-    distance = distance.reshape(len(queries), len(base))
+    distance = distances(queries, base)
     index = np.arange(len(base))
     if allowed is not None:
         keep = np.unpackbits(allowed.numpy())[: len(base)].astype(bool)
@@ -76,16 +70,6 @@ def brute_force(queries: torch.Tensor, base: torch.Tensor, k: int, allowed=None)
         order = np.lexsort((index, row))[:k]
         out_distance[q, : len(order)], out_index[q, : len(order)] = row[order], index[order]
     return torch.from_numpy(out_distance), torch.from_numpy(out_index)
-
-
-def clustered(rows: int, width: int) -> torch.Tensor:
-    """Many equal codes and near neighbours, so that ties decide."""
-    centres = codes(3, width)
-    flips = (torch.rand(rows, width) < 0.05) * codes(rows, width)
-    return centres[torch.randint(0, 3, (rows,))] ^ flips
-
-
-MAKERS = {"random": codes, "clustered": clustered, "equal": lambda rows, width: codes(1, width).expand(rows, width)}
 
 
 @pytest.mark.parametrize("kind", MAKERS)

@@ -1,38 +1,18 @@
-"""`BinaryIndex` against FAISS, sentence-transformers, and its own file."""
+"""`BinaryIndex` against FAISS; what it accepts and refuses."""
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from index_model import NO_DISTANCE, NO_INDEX, compare, filled, vectors_of
 
 from embedding_kernels import BinaryIndex
-from embedding_kernels.index import binary as index_module
-
-NO_DISTANCE, NO_INDEX = 2147483647, -1
-
-
-def vectors_of(count: int, dim: int, seed: int = 0) -> np.ndarray:
-    """Float vectors with many equal codes, so that ties decide."""
-    draw = np.random.default_rng(seed)
-    centres = draw.standard_normal((max(1, count // 3), dim), dtype=np.float32)
-    return centres[draw.integers(len(centres), size=count)] * draw.uniform(0.5, 2, (count, 1)).astype(np.float32)
-
-
-def filled(vectors: np.ndarray | torch.Tensor) -> BinaryIndex:
-    index = BinaryIndex()
-    index.add(vectors)
-    return index
+from embedding_kernels.index import binary, searching
 
 
 @pytest.mark.parametrize("dim", [8, 64, 384, 1000])
@@ -66,71 +46,6 @@ def test_prefix_equals_faiss() -> None:
             distances, indices = index.search(given_queries, 10, truncate_dim=width)
             np.testing.assert_array_equal(distances, expected[0])
             np.testing.assert_array_equal(indices, expected[1])
-
-
-def rescored_by_definition(
-    vectors: np.ndarray, queries: np.ndarray, k: int, multiplier: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Candidates by (distance, index), scored by query · bits in float64, ordered by (-score, index)."""
-    bits, query_bits = vectors > 0, queries > 0
-    scores = np.full((len(queries), k), -np.inf, np.float32)
-    indices = np.full((len(queries), k), NO_INDEX)
-    for row, query in enumerate(queries):
-        distance = (bits != query_bits[row]).sum(axis=1)
-        candidates = np.lexsort((np.arange(len(bits)), distance))[: k * multiplier]
-        score = (bits[candidates] @ query.astype(np.float64)).astype(np.float32)
-        order = np.lexsort((candidates, -score))[:k]
-        scores[row, : len(order)], indices[row, : len(order)] = score[order], candidates[order]
-    return scores, indices
-
-
-@pytest.mark.parametrize("dim", [13, 64, 384])
-@pytest.mark.parametrize(("count", "k", "multiplier"), [(400, 10, 4), (400, 1, 1), (30, 10, 4), (3, 5, 2), (0, 2, 2)])
-def test_rescoring(dim: int, count: int, k: int, multiplier: int) -> None:
-    vectors, queries = vectors_of(count, dim), vectors_of(25, dim, seed=1)
-    index = BinaryIndex(dim)
-    index.add(vectors)
-    scores, indices = index.search(queries, k, multiplier)
-    expected_scores, expected_indices = rescored_by_definition(vectors, queries, k, multiplier)
-    assert (scores.dtype, indices.dtype) == (np.float32, np.int64)
-    np.testing.assert_array_equal(indices, expected_indices)
-    np.testing.assert_array_equal(np.isinf(scores), np.isinf(expected_scores))
-    np.testing.assert_allclose(scores, expected_scores, rtol=1e-6, atol=1e-6)
-
-
-def test_rescored_ties_go_to_the_lowest_index() -> None:
-    # a dimension where the query is 0 changes the distance and not the score, so ties lie at different distances
-    queries = np.random.default_rng(0).integers(-1, 2, (25, 24)).astype(np.float32)
-    vectors = vectors_of(300, 24)
-    scores, indices = filled(vectors).search(queries, 10, 10)
-    expected_scores, expected_indices = rescored_by_definition(vectors, queries, 10, 10)
-    np.testing.assert_array_equal(scores, expected_scores)
-    np.testing.assert_array_equal(indices, expected_indices)
-
-
-def test_rescoring_equals_sentence_transformers() -> None:
-    pytest.importorskip("faiss")
-    from sentence_transformers.util.quantization import semantic_search_faiss
-
-    # distinct codes: sentence-transformers leaves the order of ties open
-    draw = np.random.default_rng(0)
-    vectors, queries = (draw.standard_normal((count, 384), dtype=np.float32) for count in (1000, 50))
-    packed = np.packbits(vectors > 0, axis=1)
-    hits, _ = semantic_search_faiss(queries, packed, corpus_precision="ubinary", top_k=10, rescore_multiplier=4)
-    scores, indices = filled(vectors).search(queries, 10, 4)
-    np.testing.assert_array_equal(indices, [[hit["corpus_id"] for hit in row] for row in hits])
-    np.testing.assert_allclose(scores, [[hit["score"] for hit in row] for row in hits], rtol=1e-6)
-
-
-def test_rescoring_of_a_prefix_and_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    vectors, queries = vectors_of(200, 64), vectors_of(33, 64, seed=1)
-    monkeypatch.setattr(index_module, "_RESCORE_BYTES", 40 * 32 * 8 * 5)  # 5 queries at once
-    monkeypatch.setattr(index_module, "_QUERY_BLOCK", 8)
-    monkeypatch.setattr(index_module, "_ADD_BLOCK", 16)
-    scores, indices = filled(vectors).search(queries, 10, 4, truncate_dim=32)
-    expected = rescored_by_definition(vectors[:, :32], queries[:, :32], 10, 4)
-    np.testing.assert_array_equal(indices, expected[1])
-    np.testing.assert_allclose(scores, expected[0], rtol=1e-6, atol=1e-6)
 
 
 def test_arrays_in_arrays_out() -> None:
@@ -187,7 +102,7 @@ def test_growth_is_amortised() -> None:
 def test_interrupted_add_adds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     index = filled(vectors_of(10, 16))
     kept = index.codes.clone()
-    monkeypatch.setattr(index_module, "_ADD_BLOCK", 4)
+    monkeypatch.setattr(binary, "_ADD_BLOCK", 4)
     calls: list[int] = []
 
     def failing(tensor: torch.Tensor) -> torch.Tensor:
@@ -196,7 +111,7 @@ def test_interrupted_add_adds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
             raise KeyboardInterrupt
         return torch.zeros(len(tensor), 2, dtype=torch.uint8)
 
-    monkeypatch.setattr(index_module, "pack_bits", failing)
+    monkeypatch.setattr(binary, "pack_bits", failing)
     with pytest.raises(KeyboardInterrupt):
         index.add(vectors_of(10, 16))
     assert torch.equal(index.codes, kept)
@@ -249,13 +164,37 @@ BAD_CALLS: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
+BAD_CALLS += [
+    ("add", {"vectors": FLOATS, "ids": [1]}, "add: ids must be one for each of the 2 vectors, got 1"),
+    ("add", {"vectors": FLOATS, "ids": [[5, 6]]}, r"add: ids must have 1 dimension, got shape \[1, 2\]"),
+    ("add", {"vectors": FLOATS, "ids": [5.0, 6.0]}, "add: ids must be integers, got float64"),
+    ("add", {"vectors": FLOATS, "ids": [True, False]}, "add: ids must be integers, got bool"),
+    ("add", {"vectors": FLOATS, "ids": ["a", "b"]}, "add: ids must be integers"),
+    ("add", {"vectors": FLOATS, "ids": [5, -1]}, r"add: ids must be at least 0 \(-1 marks a missing answer\), got -1"),
+    ("add", {"vectors": FLOATS, "ids": [5, 5]}, "add: ids must differ from each other, got 5 twice"),
+    ("add", {"vectors": FLOATS, "ids": [5, 1]}, "add: ids must not be in the index .*, got 1"),
+    ("add", {"vectors": FLOATS, "ids": np.array([2**63, 5], np.uint64)}, r"ids must be below 2\*\*63"),
+    ("remove_ids", {"ids": 3}, r"remove_ids: ids must have 1 dimension, got shape \[\]"),
+    ("remove_ids", {"ids": [0.5]}, "remove_ids: ids must be integers"),
+    ("remove_ids", {"ids": np.zeros(0)}, "remove_ids: ids must be integers, got float64"),
+    ("search", {"queries": FLOATS, "k": 1, "allowed_ids": np.ones(2, bool)}, "allowed_ids must be integers, got bool"),
+    ("range_search", {"queries": FLOATS, "radius": -1}, "radius must be an integer of at least 0, got -1"),
+    ("range_search", {"queries": FLOATS, "radius": 1.5}, "radius must be an integer of at least 0, got 1.5"),
+    ("range_search", {"queries": FLOATS[:, :8], "radius": 1}, "range_search: queries must be vectors of 16 dim"),
+    ("reconstruct", {"ids": [0, 7, 8]}, "reconstruct: ids must be in the index, got 7"),
+    ("from_faiss", {"index": FLOATS}, "from_faiss: index must be one of FAISS's binary indexes, got ndarray"),
+]
+
+
 @pytest.mark.parametrize(("method", "arguments", "message"), BAD_CALLS, ids=lambda value: str(value)[:30])
 def test_bad_calls(method: str, arguments: dict[str, Any], message: str) -> None:
+    if method == "from_faiss":
+        pytest.importorskip("faiss")
     index = filled(FLOATS)
     with pytest.raises(ValueError, match=message) as refusal:
         getattr(index, method)(**arguments)
     assert "\n" not in str(refusal.value)
-    assert len(index) == 2
+    assert index.ids.tolist() == [0, 1]
 
 
 def test_bad_dims() -> None:
@@ -266,171 +205,66 @@ def test_bad_dims() -> None:
         BinaryIndex().add(np.zeros((3, 0), np.float32))
 
 
-# --- the file -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("count", "dim"), [(0, 8), (1, 13), (1000, 384)])
-@pytest.mark.parametrize("verify", [True, False])
-def test_round_trip(tmp_path: Path, count: int, dim: int, verify: bool) -> None:
-    index = BinaryIndex(dim)
-    index.add(vectors_of(count, dim))
-    index.save(tmp_path / "codes.index")
-    loaded = BinaryIndex.load(tmp_path / "codes.index", verify=verify)
-    assert (loaded.dim, loaded.ntotal) == (dim, count)
-    assert torch.equal(loaded.codes, index.codes)
-    queries = vectors_of(5, dim, seed=1)
-    for multiplier in (None, 3):
-        for ours, theirs in zip(
-            loaded.search(queries, 4, multiplier), index.search(queries, 4, multiplier), strict=True
-        ):
-            np.testing.assert_array_equal(ours, theirs)
-    assert os.listdir(tmp_path) == ["codes.index"]
-
-
-def test_load_maps_the_file(tmp_path: Path) -> None:
-    filled(vectors_of(1000, 384)).save(tmp_path / "codes.index")
-    loaded = BinaryIndex.load(tmp_path / "codes.index", verify=False)
-    if sys.platform == "linux":
-        assert str(tmp_path / "codes.index") in Path("/proc/self/maps").read_text()
-    before = (tmp_path / "codes.index").read_bytes()
-    loaded.add(vectors_of(10, 384))
-    assert len(loaded) == 1010
-    assert (tmp_path / "codes.index").read_bytes() == before, "adding does not write to the file"
-    loaded.save(tmp_path / "codes.index")
-    assert len(BinaryIndex.load(tmp_path / "codes.index")) == 1010
-
-
-def test_save_without_dim(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="save: the index must have a dim"):
-        BinaryIndex().save(tmp_path / "codes.index")
-    assert not os.listdir(tmp_path)
-
-
-def test_load_of_other_files(tmp_path: Path) -> None:
-    from safetensors.numpy import save_file
-
-    with pytest.raises(FileNotFoundError, match="nothing"):
-        BinaryIndex.load(tmp_path / "nothing")
-    with pytest.raises(FileNotFoundError):
-        BinaryIndex.load(tmp_path)
-    (tmp_path / "text").write_text("no index")
-    with pytest.raises(ValueError, match=r"text is truncated or no safetensors file"):
-        BinaryIndex.load(tmp_path / "text")
-    save_file({"codes": CODES}, tmp_path / "foreign")
-    with pytest.raises(ValueError, match=r"foreign is no index"):
-        BinaryIndex.load(tmp_path / "foreign")
-    header = {"format": "embedding_kernels.BinaryIndex", "version": "2", "dim": "16", "sha256": ""}
-    save_file({"codes": CODES}, tmp_path / "newer", metadata=header)
-    with pytest.raises(ValueError, match=r"newer must have format version 1, got '2'"):
-        BinaryIndex.load(tmp_path / "newer")
-
-
 def test_without_the_extras(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("safetensors", "safetensors.numpy", "tqdm", "tqdm.auto"):
+    for name in ("safetensors", "safetensors.numpy", "tqdm", "tqdm.auto", "faiss"):
         monkeypatch.setitem(sys.modules, name, None)
     index = filled(FLOATS)
     assert index.search(FLOATS, 1, show_progress_bar=True)[0].shape == (2, 1)
-    with pytest.raises(ImportError, match=r"pip install .embedding-kernels\[models\]"):
-        index.save(tmp_path / "codes.index")
-    assert not os.listdir(tmp_path)
+    index.save(tmp_path / "index")
+    assert len(BinaryIndex.load(tmp_path / "index")) == 2
+    for call in (index.to_faiss, lambda: BinaryIndex.from_faiss(None)):
+        with pytest.raises(ImportError, match=r"faiss: faiss is not installed: pip install faiss-cpu"):
+            call()
 
 
-def small_file(tmp_path: Path) -> tuple[Path, bytes, torch.Tensor]:
-    path = tmp_path / "codes.index"
-    index = filled(vectors_of(9, 40))
-    index.save(path)
-    return path, path.read_bytes(), index.codes
+def test_progress_bar(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tqdm")
+    monkeypatch.setattr(binary, "_QUERY_BLOCK", 10)
+    monkeypatch.setattr(searching, "_BLOCK_BYTES", 16 * 2)
+    index = filled(vectors_of(64, 16))
+    for search in (
+        lambda show: index.search(vectors_of(30, 16), 2, 2, show_progress_bar=show),
+        lambda show: index.range_search(vectors_of(30, 16), 2, show_progress_bar=show),
+    ):
+        search(False)
+        assert capfd.readouterr().err == ""
+        search(True)
+        assert "12/12" in capfd.readouterr().err, "4 blocks of codes for 3 of queries"
 
 
-def test_truncated_file_is_refused_by_name(tmp_path: Path) -> None:
-    path, content, _ = small_file(tmp_path)
-    for length in range(len(content)):
-        path.write_bytes(content[:length])
-        for verify in (True, False):
-            with pytest.raises(ValueError, match=r"codes\.index") as refusal:
-                BinaryIndex.load(path, verify=verify)
-            assert "\n" not in str(refusal.value)
+def test_interrupted_search_leaves_the_index_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(searching, "_BLOCK_BYTES", 16 * 2)
+    index, queries = filled(vectors_of(64, 16)), vectors_of(3, 16, seed=1)
+    expected, before = index.search(queries, 5), index._snapshot
 
-
-def test_every_flipped_bit_is_refused_by_name(tmp_path: Path) -> None:
-    path, content, _ = small_file(tmp_path)
-    for place in range(len(content)):
-        for bit in range(8):
-            altered = bytearray(content)
-            altered[place] ^= 1 << bit
-            path.write_bytes(altered)
-            with pytest.raises(ValueError, match=r"codes\.index"):
-                BinaryIndex.load(path)
-
-
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_altered_file_never_gives_other_codes(tmp_path: Path, data: st.DataObject) -> None:
-    path, content, codes = small_file(tmp_path)
-    start = data.draw(st.integers(0, len(content) - 1))
-    end = data.draw(st.integers(start, min(len(content), start + 40)))
-    path.write_bytes(content[:start] + data.draw(st.binary(max_size=40)) + content[end:])
-    try:
-        loaded = BinaryIndex.load(path)
-    except ValueError as error:
-        refusal = str(error)
-    else:
-        refusal = "codes.index" if torch.equal(loaded.codes, codes) else "other codes"
-    assert "codes.index" in refusal
-
-
-@pytest.mark.parametrize("failure", [OSError("disk full"), KeyboardInterrupt()], ids=["error", "interrupt"])
-@pytest.mark.parametrize("where", ["os.replace", "os.fsync", "safetensors.numpy.save_file"])
-def test_interrupted_save_leaves_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, failure: BaseException
-) -> None:
-    path, content, _ = small_file(tmp_path)
-
-    def failing(*arguments: Any, **_: Any) -> None:
-        if where == "safetensors.numpy.save_file":
-            Path(arguments[1]).write_bytes(b"half a fi")
-        raise failure
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(where, failing)
-        with pytest.raises(type(failure)):
-            filled(vectors_of(50, 8)).save(path)
-    assert path.read_bytes() == content
-    assert os.listdir(tmp_path) == ["codes.index"]
+        patch.setattr(searching, "hamming_topk", stop)
+        with pytest.raises(KeyboardInterrupt):
+            index.search(queries, 5, show_progress_bar=True)
+    assert index._snapshot is before
+    compare(index.search(queries, 5), expected)
 
 
-_KILLED = """
-import sys, numpy as np
-from embedding_kernels import BinaryIndex
-index = BinaryIndex(4096)
-index.add(np.random.default_rng(0).integers(0, 256, (40_000, 512), dtype=np.uint8))
-print("ready", flush=True)
-while True:
-    index.save(sys.argv[1])
-"""
-
-
-def test_killed_save_leaves_a_whole_file(tmp_path: Path) -> None:
-    path, content, codes = small_file(tmp_path)
-    writer = subprocess.Popen([sys.executable, "-c", _KILLED, path], stdout=subprocess.PIPE)
-    assert writer.stdout is not None
-    assert writer.stdout.readline() == b"ready\n"
-    time.sleep(0.13)
-    writer.send_signal(signal.SIGKILL)
-    writer.wait()
-    loaded = BinaryIndex.load(path)
-    assert len(loaded) in (len(codes), 40_000)
-    assert path.read_bytes() == content or loaded.dim == 4096
-
-
-def test_saved_through_a_link_and_with_usual_rights(tmp_path: Path) -> None:
-    (tmp_path / "real").mkdir()
-    path, _, _ = small_file(tmp_path / "real")
-    link = tmp_path / "link.index"
-    link.symlink_to(path)
-    filled(vectors_of(50, 8)).save(link)
-    assert link.is_symlink()
-    assert len(BinaryIndex.load(path)) == 50
-    plain = tmp_path / "plain"
-    plain.write_bytes(b"")
-    assert path.stat().st_mode == plain.stat().st_mode
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("kept", [None, "bfloat16", "int8"])
+def test_on_a_gpu(tmp_path: Path, kept: str | None) -> None:
+    vectors, queries = vectors_of(300, 64), vectors_of(20, 64, seed=1)
+    ours, theirs = BinaryIndex(rescore_vectors=kept, device="cuda"), BinaryIndex(rescore_vectors=kept)
+    for index in (ours, theirs):
+        index.add(vectors[:200], np.arange(200)[::-1])
+        index.add(torch.from_numpy(vectors[200:]))
+        index.remove_ids([5, 6, 250])
+        index.save(tmp_path / index.device.type)
+        index.compact()
+    loaded = BinaryIndex.load(tmp_path / "cpu", device="cuda")
+    for index in (ours, loaded):
+        assert index.device.type == index.codes.device.type == "cuda"
+        compare(index.search(queries, 5, allowed_ids=range(280)), theirs.search(queries, 5, allowed_ids=range(280)))
+        compare(index.range_search(queries, 24), theirs.range_search(queries, 24))
+        assert torch.equal(index.reconstruct([1, 290]).cpu(), theirs.reconstruct([1, 290]))
+        scores, found = index.search(torch.from_numpy(queries).cuda(), 5, 4)
+        assert scores.is_cuda and found.is_cuda
+        np.testing.assert_allclose(scores.cpu(), theirs.search(queries, 5, 4)[0], rtol=1e-4, atol=1e-4)

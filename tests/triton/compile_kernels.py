@@ -38,6 +38,7 @@ _POINTERS = {
     torch.float16: "*fp16",
     torch.bool: "*i1",
     torch.uint8: "*u8",
+    torch.int8: "*i8",
     torch.int16: "*i16",
     torch.int32: "*i32",
     torch.int64: "*i64",
@@ -103,7 +104,41 @@ def _hamming_calls(kernels: Any) -> Iterator[Any]:
         yield kernels.hamming_distance_triton(_codes(40, width), _codes(20000, width))
     for width in (48, 13, 128, 1024):
         yield kernels.hamming_topk_triton(_codes(40, width), _codes(20000, width), 100)
-    yield kernels.hamming_topk_triton(_codes(40, 48), _codes(20000, 48), 100, _codes(1, 2500)[0])
+        yield kernels.hamming_range_triton(_codes(40, width), _codes(20000, width), 8 * width)
+    allowed = _codes(1, 2500)[0]
+    yield kernels.hamming_topk_triton(_codes(40, 48), _codes(20000, 48), 100, allowed)
+    yield kernels.hamming_range_triton(_codes(40, 48), _codes(20000, 48), 100, allowed)
+    yield from _rescoring(kernels)
+
+
+def _rescoring(kernels: Any) -> Iterator[Any]:
+    """Vectors of every kind, then a query of another dtype, one of an odd size and a view of the first dimensions."""
+    candidates, queries = torch.zeros(40, 100, dtype=torch.int64), torch.empty(40, 384)
+    for dtype in FLOATS:
+        yield kernels.rescore_topk_triton(queries.to(dtype), candidates, torch.empty(200, 384, dtype=dtype), 10)
+    whole = torch.zeros(200, 384, dtype=torch.int8)
+    yield kernels.rescore_topk_triton(queries, candidates, whole, 10, queries[0])
+    yield kernels.rescore_topk_triton(queries.half(), candidates, _codes(200, 48), 10)
+    yield kernels.rescore_topk_triton(queries, candidates, _codes(200, 48), 10)
+    yield kernels.rescore_topk_triton(torch.empty(40, 4096), candidates, _codes(200, 512), 10)
+    yield kernels.rescore_topk_triton(queries[:, :77], candidates, torch.empty(200, 77), 10)
+    yield kernels.rescore_topk_triton(queries[:, :256], candidates, torch.empty(200, 1024)[:, :256], 10)
+
+
+def _norm_calls(kernels: Any) -> Iterator[Any]:
+    for dtype in FLOATS:
+        for width in (384, 1024, 4096):
+            rows, vector = torch.empty(2048, width, dtype=dtype), torch.empty(width, dtype=dtype)
+            yield kernels.add_rms_norm_triton(rows, rows, vector)
+            yield kernels.add_layer_norm_triton(rows, rows, vector, vector)
+            yield kernels.add_rms_norm_backward_triton(rows, rows, rows, vector, 1e-6, False)
+            yield kernels.add_layer_norm_backward_triton(rows, rows, rows, vector, vector, 1e-5)
+    for width in (77, 8192):
+        rows, vector = torch.empty(2048, width, dtype=torch.bfloat16), torch.empty(width)
+        yield kernels.add_rms_norm_triton(rows, None, vector, 1e-6, True)
+        yield kernels.add_layer_norm_triton(rows, None, vector, None)
+        yield kernels.add_rms_norm_backward_triton(rows, None, rows, vector, 1e-6, True)
+        yield kernels.add_layer_norm_backward_triton(rows, rows, rows, vector, vector, 1e-5)
 
 
 def _pooling_calls(kernels: Any) -> Iterator[Any]:
@@ -147,6 +182,7 @@ def _backward(
 CALLS: dict[str, Callable[[Any], Iterator[Any]]] = {
     "attention": _attention_calls,
     "hamming": _hamming_calls,
+    "norm": _norm_calls,
     "pooling": _pooling_calls,
 }
 
@@ -164,6 +200,8 @@ def _specialised(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, A
             multiples += [place] if value.data_ptr() % 16 == 0 else []
         elif parameter.is_constexpr or value is None or (value == 1 and not parameter.do_not_specialize):
             signature[parameter.name], constants[parameter.name] = "constexpr", value
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
         else:
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             multiples += [place] if value % 16 == 0 and not parameter.do_not_specialize else []

@@ -82,7 +82,8 @@ def test_no_atomics_on_floats():
 
 def test_scans_of_codes_use_popc():
     scans = [kernel for kernel in _compiled()[1] if "CODES" in kernel["constants"] and kernel["opcodes"]]
-    assert {kernel["kernel"] for kernel in scans} == {"_distance_kernel", "_histogram_kernel", "_select_kernel"}
+    scanning = {"histogram_kernel", "select_kernel", "range_count_kernel", "range_write_kernel"}
+    assert {kernel["kernel"] for kernel in scans} == {"_distance_kernel", *scanning}
     assert [k["variant"] for k in scans if "POPC" not in k["opcodes"] or k["leftover_popcount"]] == []
 
 
@@ -103,7 +104,8 @@ def test_attention_uses_tensor_cores():
 
 def test_wide_loads():
     """384 dimensions, and 384 bits, are read 16 bytes at a time."""
-    readers = ("_pack_bits_kernel", "_distance_kernel", "pool_kernel", "row_gradient_kernel")
+    readers = ("_pack_bits_kernel", "_distance_kernel", "score_kernel", "pool_kernel", "row_gradient_kernel")
+    readers += ("norm_kernel", "norm_gradient_kernel")
     for kernel in readers:
         assert [k for k in _compiled()[1] if k["kernel"] == kernel and "LDG.E.128" in k["opcodes"]], kernel
 

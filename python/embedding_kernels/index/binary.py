@@ -1,13 +1,12 @@
-"""`BinaryIndex`: exact search over one-bit-a-dimension codes, with rescoring, kept in one safetensors file."""
+"""`BinaryIndex`: exact search over one-bit-a-dimension codes, with rescoring, kept in a directory."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import importlib
 import logging
 import os
-import secrets
+import threading
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,18 +15,21 @@ import torch
 from torch import Tensor
 
 from .._progress import progress_bar
-from ..ops.hamming import hamming_topk, pack_bits
-from ..reference.hamming import NO_INDEX
+from ..ops.hamming import pack_bits
+from . import directory, faiss, layout
+from .checks import as_tensor, check_array, check_ids, check_integer, check_new_ids, check_scale, check_width
+from .searching import Searched
+from .segments import VECTOR_TYPES, Snapshot, Tail, groups, merged, moved
+from .vectors import int8_scale as scale_of
+from .vectors import to_kept
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = "embedding_kernels.BinaryIndex"
-_VERSION = "1"
-_GROWTH = 1.5  # capacity is enlarged by half, so that n codes added one by one are copied O(n) times in all
 _ADD_BLOCK = 1 << 16  # vectors binarised at once: they may come from a file larger than memory
-_QUERY_BLOCK = 4096  # queries searched in one call: a step of the progress bar
-_RESCORE_BYTES = 64 << 20  # unpacked candidate bits held at once
-_HASH_BLOCK = 1 << 24
+_QUERY_BLOCK = 4096  # queries searched in one call
+
+_MOST_SMALL = 256  # segments that merging would save: each takes a file descriptor
+_LARGEST_ID = 2**63 - 1
 
 Array = TypeVar("Array", np.ndarray, Tensor)
 
@@ -36,69 +38,203 @@ class BinaryIndex:
     """An exact index of binary codes: ``dim`` bits a vector, Hamming distance, optional rescoring by float queries.
 
     Vectors are binarised by sign (`pack_bits`); codes are FAISS's (`IndexBinaryFlat`) and sentence-transformers'
-    (``precision="ubinary"``), and so are the answers: distances int32 and indices int64 ``[Q, k]``, nearest first,
-    ties to the lowest index, 2147483647 and -1 past the last code.
+    (``precision="ubinary"``), and so are the answers: distances int32 and ids int64 ``[Q, k]``, nearest first, ties to
+    the row added first, 2147483647 and -1 past the last code. An id is what `add` was given, else the number of the
+    row, counted from 0; no number is given twice.
+
+    Any thread may search while another one changes the index: a search answers for what the index held when it began.
 
     Args:
         dim: bits of a code; None takes it from the first `add`.
+        rescore_vectors: "float32", "bfloat16", "float16" or "int8" keeps the vectors too, at that precision, for
+            `search` to rescore with; None keeps the codes only.
+        int8_scale: float32 ``[dim]``, the value of 1 in each dimension of int8 vectors; larger values are clipped to
+            127. None takes the largest magnitude in the first `add`, divided by 127.
         device: where codes are kept and searched.
+
+    Raises:
+        ValueError: a bad argument.
     """
 
-    def __init__(self, dim: int | None = None, *, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self,
+        dim: int | None = None,
+        *,
+        rescore_vectors: str | None = None,
+        int8_scale: np.ndarray | Tensor | None = None,
+        device: str | torch.device = "cpu",
+    ) -> None:
         if dim is not None and (isinstance(dim, bool) or not isinstance(dim, (int, np.integer)) or dim < 1):
             raise ValueError(f"BinaryIndex: dim must be a positive integer or None, got {dim!r}")
-        self._dim = None if dim is None else int(dim)
-        self._count = 0
-        # codes with room to grow; a loaded index views its file here until something is added
-        self._buffer = torch.empty(0, self._width or 0, dtype=torch.uint8, device=device)
+        if rescore_vectors is not None and rescore_vectors not in VECTOR_TYPES:
+            raise ValueError(
+                f"BinaryIndex: rescore_vectors must be None, {', '.join(map(repr, VECTOR_TYPES))}, "
+                f"got {rescore_vectors!r}"
+            )
+        scale = check_scale(int8_scale, dim, rescore_vectors)
+        self._kept = rescore_vectors
+        self._device = torch.empty(0, device=device).device  # "cuda" becomes "cuda:0"
+        self._lock = threading.RLock()  # one writer at a time; readers take the snapshot and need no lock
+        self._snapshot = Snapshot(len(scale) if scale is not None else None if dim is None else int(dim), scale)
+        self._tail: Tail | None = None  # where the snapshot's last segment grows, if it does
+        self._home: Path | None = None  # the directory last loaded from or saved to
+        self._known: dict[Path, set[str]] = {}  # manifests that are states of this index, which it may replace
 
     @property
     def dim(self) -> int | None:
         """Bits of a code; None before the first `add` where it was not given."""
-        return self._dim
+        return self._snapshot.dim
 
     @property
     def ntotal(self) -> int:
-        """How many codes the index holds (FAISS's name for ``len``)."""
-        return self._count
+        """How many codes the index holds, without those removed (FAISS's name for ``len``)."""
+        return self._snapshot.ntotal
 
     @property
     def device(self) -> torch.device:
         """Where the codes are."""
-        return self._buffer.device
+        return self._device
+
+    @property
+    def rescore_vectors(self) -> str | None:
+        """The precision of the vectors kept for rescoring; None where none are."""
+        return self._kept
+
+    @property
+    def ids(self) -> np.ndarray:
+        """The ids, int64 ``[ntotal]``, in the order of adding: a copy."""
+        return self._snapshot.ids()
 
     @property
     def codes(self) -> Tensor:
-        """The codes, uint8 ``[N, ceil(dim / 8)]``: a view, not to be written to."""
-        return self._buffer[: self._count]
+        """The codes, uint8 ``[ntotal, ceil(dim / 8)]``, in the order of adding: not to be written to. A view of one
+        whole segment; a copy in memory of several, or of one with removed rows."""
+        snapshot = self._snapshot
+        if len(snapshot.segments) == 1 and snapshot.segments[0].alive is None:
+            return snapshot.segments[0].codes
+        blocks = [block for part in snapshot.segments for block in part.blocks("codes", every=False)]
+        return torch.cat([torch.empty(0, ((snapshot.dim or 0) + 7) // 8, dtype=torch.uint8), *blocks]).to(self._device)
 
     def __len__(self) -> int:
-        return self._count
+        return self.ntotal
 
     def __repr__(self) -> str:
-        size = self._count * (self._width or 0)
-        return f"BinaryIndex(dim={self._dim}, ntotal={self._count}, bytes={size}, device={self.device})"
+        snapshot = self._snapshot
+        size = snapshot.ntotal * (((snapshot.dim or 0) + 7) // 8)
+        kept = "" if self._kept is None else f", rescore_vectors={self._kept!r}"
+        return f"BinaryIndex(dim={snapshot.dim}, ntotal={snapshot.ntotal}, bytes={size}{kept}, device={self._device})"
 
-    def add(self, vectors: np.ndarray | Tensor) -> None:
+    # --- writers ----------------------------------------------------------------------------------------------------
+
+    def add(self, vectors: np.ndarray | Tensor, ids: Any = None) -> None:
         """Append vectors, float ``[N, dim]``, binarised here, or codes, uint8 ``[N, ceil(dim / 8)]``.
 
-        The input is copied, never kept or changed. Appending costs O(N) however often it is called.
+        The input is copied, never kept or changed. Appending costs O(N) however often it is called; with ids of any
+        order, O(N log N). An error or an interruption adds nothing.
+
+        Args:
+            ids: integers from 0, one for each vector; None counts on from the highest ever given.
 
         Raises:
-            ValueError: another dtype, rank or width.
+            ValueError: another dtype, rank or width; ids that are negative, not one a vector, or in the index; codes
+                where rescore_vectors are kept; values that are not finite where they are kept as int8.
         """
-        kind = _check_array("add", "vectors", vectors)
-        dim = self._dim or vectors.shape[1] * (8 if kind == "uint8" else 1)
-        if dim == 0:
-            raise ValueError("add: vectors must have at least one dimension, got none")
-        _check_width("add", "vectors", vectors, kind, dim)
-        self._dim = dim
-        self._reserve(self._count + len(vectors))
-        added = self._buffer[self._count :]
-        for start in range(0, len(vectors), _ADD_BLOCK):
-            codes = self._to_codes(_as_tensor(vectors[start : start + _ADD_BLOCK]))
-            added[start : start + len(codes)] = codes
-        self._count += len(vectors)  # at the end: an interrupted add adds nothing
+        kind = check_array("add", "vectors", vectors)
+        if kind == "uint8" and self._kept is not None:
+            raise ValueError(f"add: vectors must be floats, of which {self._kept} is kept, got uint8 codes")
+        count = len(vectors)
+        given = None if ids is None else check_new_ids(ids, count)
+        with self._lock:
+            snapshot = self._snapshot
+            dim = snapshot.dim or vectors.shape[1] * (8 if kind == "uint8" else 1)
+            if dim == 0:
+                raise ValueError("add: vectors must have at least one dimension, got none")
+            check_width("add", "vectors", vectors, kind, dim)
+            if given is not None:
+                _check_absent(snapshot, given)
+            if given is None:
+                next_id = snapshot.next_id + count
+            else:
+                next_id = max(snapshot.next_id, int(given.max(initial=-1)) + 1)
+            if given is None and next_id > _LARGEST_ID:
+                raise ValueError("add: ids must be given: the highest one in use leaves no room to count on")
+            scale = scale_of(vectors, snapshot.scale, _ADD_BLOCK) if self._kept == "int8" else None
+            snapshot = replace(snapshot, dim=dim, scale=scale, next_id=next_id)
+            self._append(snapshot, vectors, given)
+
+    def _append(self, snapshot: Snapshot, vectors: np.ndarray | Tensor, ids: np.ndarray | None) -> None:
+        """Write rows behind those of the tail and make ``snapshot``, with these rows, the index's."""
+        assert snapshot.dim is not None
+        count = len(vectors)
+        if not count:
+            self._snapshot = snapshot
+            return
+        first_id = None if ids is not None else snapshot.next_id - count
+        tail, segments = self._tail_of(snapshot), snapshot.segments
+        if tail is not None and tail.takes(first_id):
+            segments = segments[:-1]
+        else:
+            tail = Tail.empty((snapshot.dim + 7) // 8, snapshot.dim, self._kept, first_id, self._device)
+        codes, kept = tail.room(count)
+        for start in range(0, count, _ADD_BLOCK):
+            block = as_tensor(vectors[start : start + _ADD_BLOCK]).detach()
+            rows = slice(start, start + len(block))
+            codes[rows] = self._to_codes(block)
+            if kept is not None:
+                kept[rows] = to_kept(block, kept.dtype, snapshot.scale)
+        given = ids if ids is not None or tail.ids is None else np.arange(snapshot.next_id - count, snapshot.next_id)
+        segment = tail.grown(count, given)
+        tail.segment, self._tail = segment, tail
+        self._snapshot = replace(snapshot, segments=(*segments, segment))
+
+    def remove_ids(self, ids: Any) -> int:
+        """Remove rows by their ids, int64 ``[M]``; ids that are not in the index are passed over.
+
+        The rows are marked; `compact` frees their room.
+
+        Returns:
+            How many rows were removed.
+        """
+        wanted = np.unique(check_ids("remove_ids", "ids", ids))
+        with self._lock:
+            snapshot, removed, segments = self._snapshot, 0, []
+            for segment in snapshot.segments:
+                rows = segment.find(wanted)
+                rows = rows[rows >= 0]
+                segments.append(segment.without(rows) if len(rows) else segment)
+                removed += len(rows)
+            changed = replace(snapshot, segments=tuple(segments))
+            tail = self._tail_of(snapshot)
+            if tail is not None:
+                tail.segment = changed.segments[-1]
+            self._snapshot = changed
+        return removed
+
+    def compact(self) -> None:
+        """Rewrite the segments that have removed rows without them, and merge small segments that stand together.
+
+        Answers stay the same. What an index loaded or saved rewrites goes to a file in its directory, not to memory;
+        `save` makes the change last.
+        """
+        with self._lock:
+            snapshot, segments = self._snapshot, []
+            for group in groups(snapshot.segments):
+                if len(group) == 1 and group[0].ntotal == len(group[0]):
+                    segments.append(group[0])
+                elif self._home is not None and self._home.is_dir() and self._device.type == "cpu":
+                    segments.append(layout.spilled(group, self._home))
+                else:
+                    segments.append(merged(group))
+            whole = replace(snapshot, segments=tuple(segments))
+            self._tail = None
+            self._snapshot = whole
+
+    def _tail_of(self, snapshot: Snapshot) -> Tail | None:
+        """The tail in which the last segment grows; None where an interruption has left another one behind."""
+        grows = self._tail is not None and snapshot.segments and self._tail.segment is snapshot.segments[-1]
+        return self._tail if grows else None
+
+    # --- readers ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def search(
@@ -108,242 +244,245 @@ class BinaryIndex:
         rescore_multiplier: int | None = None,
         *,
         truncate_dim: int | None = None,
+        allowed_ids: Any = None,
         show_progress_bar: bool | None = None,
     ) -> tuple[Array, Array]:
         """The ``k`` nearest codes of each query.
 
         With ``rescore_multiplier`` m, the ``k * m`` nearest codes are put in order by the inner product of the float
-        query with their bits (0 or 1), and the first ``k`` kept; ties go to the lowest index (Yamada et al.,
-        "Efficient Passage Retrieval with Hashing", 2021; sentence-transformers' `semantic_search_faiss`).
+        query with the vectors kept, or with their bits (0 or 1) where none are, and the first ``k`` kept; ties go to
+        the row added first (Yamada et al., "Efficient Passage Retrieval with Hashing", 2021; sentence-transformers'
+        `semantic_search_faiss`).
 
         Args:
             queries: float ``[Q, dim]``, or codes uint8 ``[Q, ceil(dim / 8)]``, which cannot be rescored.
             k: answers a query, at least 1; may exceed the number of codes.
             rescore_multiplier: candidates an answer; None searches without rescoring.
             truncate_dim: search the first bits only, a multiple of 8 (Matryoshka); queries may be as short.
+            allowed_ids: integers ``[M]``: only rows with these ids answer; those not in the index are passed over.
+                None allows all.
             show_progress_bar: None shows one in a terminal once the work has taken two seconds.
 
         Returns:
-            ``(distances, indices)``: int32 and int64 ``[Q, k]``, nearest first; with rescoring ``(scores, indices)``,
-            scores float32, highest first. Places past the last code hold 2147483647 (-inf) and -1. NumPy arrays for
-            NumPy queries, tensors on the device of the queries for tensors.
+            ``(distances, ids)``: int32 and int64 ``[Q, k]``, nearest first; with rescoring ``(scores, ids)``, scores
+            float32, highest first. Places past the last code hold 2147483647 (-inf) and -1. NumPy arrays for NumPy
+            queries, tensors on the device of the queries for tensors.
 
         Raises:
-            ValueError: bad dtype, rank, width, k, rescore_multiplier or truncate_dim.
+            ValueError: bad dtype, rank, width, k, rescore_multiplier, truncate_dim or allowed_ids.
         """
-        kind = _check_array("search", "queries", queries)
-        _check_positive("search", "k", k)
+        kind = check_array("search", "queries", queries)
+        k = check_integer("search", "k", k)
         if rescore_multiplier is not None:
-            _check_positive("search", "rescore_multiplier", rescore_multiplier)
+            rescore_multiplier = check_integer("search", "rescore_multiplier", rescore_multiplier)
             if kind == "uint8":
                 raise ValueError("search: queries must be float vectors to be rescored, got uint8 codes")
-        dim, codes = self._searched(queries.shape[1] * (8 if kind == "uint8" else 1), truncate_dim)
-        tensor = self._cut(_as_tensor(queries).to(self.device), dim)
-        _check_width("search", "queries", tensor, kind, dim)
-        query_codes = self._to_codes(tensor)
-        values: list[Tensor] = []
-        indices: list[Tensor] = []
-        with progress_bar("Searching", len(tensor), "query", show_progress_bar, logger) as bar:
-            for start in range(0, max(len(tensor), 1), _QUERY_BLOCK):  # once for no queries: gives the empty answer
-                block = slice(start, start + _QUERY_BLOCK)
-                if rescore_multiplier is None:
-                    value, index = hamming_topk(query_codes[block], codes, k)
-                else:
-                    _, candidates = hamming_topk(query_codes[block], codes, k * rescore_multiplier)
-                    value, index = _rescore(tensor[block], candidates, codes, k)
-                values.append(value)
-                indices.append(index)
-                bar.update(len(value))
-        result = torch.cat(values), torch.cat(indices)
-        if isinstance(queries, np.ndarray):
-            return result[0].cpu().numpy(), result[1].cpu().numpy()
-        return result[0].to(queries.device), result[1].to(queries.device)
+        allowed = None if allowed_ids is None else check_ids("search", "allowed_ids", allowed_ids)
+        snapshot = self._snapshot  # what is searched, whatever writers do meanwhile
+        dim = _searched_dim(snapshot, queries.shape[1] * (8 if kind == "uint8" else 1), truncate_dim)
+        tensor = _cut(as_tensor(queries).to(self._device), snapshot.dim, dim)
+        check_width("search", "queries", tensor, kind, dim)
+        searched = Searched(snapshot, (dim + 7) // 8, allowed)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the index to one safetensors file, all or nothing.
+        def answer(block: Tensor, advance: Callable[[int], None]) -> tuple[Tensor, ...]:
+            codes = self._to_codes(block)
+            if rescore_multiplier is None:
+                values, positions = searched.nearest(codes, k, advance)
+            else:
+                candidates = min(k * rescore_multiplier, max(1, snapshot.ntotal))
+                _, positions = searched.nearest(codes, candidates, advance)
+                floats = block.float() if block.dtype == torch.float64 else block
+                values, positions = searched.rescored(floats, positions, k)
+            return values, searched.ids_at(positions)
 
-        The file is written beside its place, flushed to the disk and moved there: an interrupted save leaves an older
-        file as it was. Only a killed process or a power cut leaves the unfinished ``.<name>.<random>.partial`` behind.
+        return _as(queries, *_by_block(tensor, searched, show_progress_bar, answer))
+
+    @torch.no_grad()
+    def range_search(
+        self, queries: Array, radius: int, *, show_progress_bar: bool | None = None
+    ) -> tuple[Array, Array, Array]:
+        """All codes nearer to a query than ``radius`` bits, as FAISS's ``range_search``.
+
+        Args:
+            queries: float ``[Q, dim]``, or codes uint8 ``[Q, ceil(dim / 8)]``.
+            radius: at least 0; a code at a distance below it is an answer.
+            show_progress_bar: as in `search`.
+
+        Returns:
+            ``(lims, distances, ids)``: int64 ``[Q + 1]``, int32 and int64 ``[M]``: the answers of query q are
+            ``lims[q]`` to ``lims[q + 1]``, in the order of adding.
 
         Raises:
-            ValueError: the index has no ``dim`` yet.
+            ValueError: bad dtype, rank, width or radius.
         """
-        save_file = _safetensors("safetensors.numpy").save_file
-        if self._dim is None:
-            raise ValueError("save: the index must have a dim (add vectors, or give it), got an index without")
+        kind = check_array("range_search", "queries", queries)
+        radius = check_integer("range_search", "radius", radius, 0)
+        snapshot = self._snapshot
+        dim = snapshot.dim or queries.shape[1] * (8 if kind == "uint8" else 1)
+        check_width("range_search", "queries", queries, kind, dim)
+        searched = Searched(snapshot, (dim + 7) // 8, None)
+
+        def answer(block: Tensor, advance: Callable[[int], None]) -> tuple[Tensor, ...]:
+            counts, distances, positions = searched.within(self._to_codes(block), radius, advance)
+            return counts, distances, searched.ids_at(positions)
+
+        tensor = as_tensor(queries).to(self._device)
+        counts, distances, ids = _by_block(tensor, searched, show_progress_bar, answer)
+        return _as(queries, torch.nn.functional.pad(counts.cumsum(0), (1, 0)), distances, ids)
+
+    def reconstruct(self, ids: Any) -> Tensor:
+        """The codes of rows, uint8 ``[M, ceil(dim / 8)]``, by their ids, integers ``[M]``.
+
+        Raises:
+            ValueError: an id that is not in the index.
+        """
+        wanted = check_ids("reconstruct", "ids", ids)
+        snapshot = self._snapshot
+        width = ((snapshot.dim or 0) + 7) // 8
+        codes = torch.empty(len(wanted), width, dtype=torch.uint8, device=self._device)
+        missing = np.ones(len(wanted), bool)
+        for segment in snapshot.segments:
+            rows = segment.find(wanted)
+            here = rows >= 0
+            if here.any():
+                places = torch.from_numpy(np.flatnonzero(here)).to(self._device)
+                codes[places] = segment.codes[torch.from_numpy(rows[here]).to(self._device)]
+                missing &= ~here
+        if missing.any():
+            raise ValueError(f"reconstruct: ids must be in the index, got {int(wanted[missing][0])}")
+        return codes
+
+    # --- FAISS and the disk -----------------------------------------------------------------------------------------
+
+    def to_faiss(self) -> Any:
+        """The codes as a FAISS ``IndexBinaryFlat``, in an ``IndexBinaryIDMap2`` where ids are not 0, 1, 2, …
+
+        Raises:
+            ImportError: FAISS is not installed.
+            ValueError: dim is not a multiple of 8.
+        """
+        return faiss.to_faiss(self._snapshot)
+
+    @classmethod
+    def from_faiss(cls, index: Any, *, device: str | torch.device = "cpu") -> BinaryIndex:
+        """An index of the codes and ids of a FAISS ``IndexBinaryFlat``, or an id map over one.
+
+        Raises:
+            ImportError: FAISS is not installed.
+            ValueError: another kind of index, or ids that `add` refuses.
+        """
+        dim, codes, ids = faiss.from_faiss(index)
+        made = cls(dim, device=device)
+        made.add(codes, ids)
+        return made
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write the index to a directory, all or nothing; again to the same one, only what is new.
+
+        What is written is memory-mapped from then on (on a CPU), so that an index larger than memory can be built by
+        adding and saving in turns. Each save of new rows adds a file; when there are many, `compact` merges them first.
+        An interrupted save leaves the state saved before. Processes that have loaded the index keep what they have.
+
+        Args:
+            overwrite: replace whatever index ``path`` holds, one that this index does not come from too.
+
+        Raises:
+            ValueError: the index has no ``dim`` yet, or ``path`` is a file.
+            RuntimeError: another writer is saving to ``path``, or it holds what this index does not know.
+            OSError: the disk is full, or fails: the index is as before, and `save` may be called again.
+        """
         target = Path(os.path.realpath(path))
-        partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
-        codes = self.codes.cpu().numpy()
-        header = {"format": _FORMAT, "version": _VERSION, "dim": str(self._dim), "sha256": _digest(self._dim, codes)}
-        try:
-            partial.touch(exist_ok=False)
-            rights = partial.stat().st_mode & 0o777
-            save_file({"codes": codes}, partial, metadata=header)
-            partial.chmod(rights)  # safetensors makes files that only their owner can read
-            _flush(partial)
-            os.replace(partial, target)
-            _flush(target.parent)  # the directory's entry is not durable before
-        except BaseException:
-            with contextlib.suppress(OSError):
-                partial.unlink()
-            raise
+        with self._lock:
+            if self._snapshot.dim is None:
+                raise ValueError("save: the index must have a dim (add vectors, or give it), got an index without")
+            parts = self._snapshot.segments
+            if len(parts) - len(groups(parts)) >= _MOST_SMALL:
+                self.compact()
+            known = self._known.setdefault(target, set())
+            on_cpu = self._device.type == "cpu"
+            saved, manifest = directory.write(target, self._snapshot, self._kept, known, overwrite, known.add, on_cpu)
+            self._snapshot, self._tail, self._home = saved, None, target
+            self._known[target] = {manifest.digest}
 
     @classmethod
     def load(
         cls, path: str | os.PathLike[str], verify: bool = True, *, device: str | torch.device = "cpu"
     ) -> BinaryIndex:
-        """Open a saved index. On a CPU its codes are memory-mapped: read from the file when they are searched.
+        """Open a saved index. On a CPU it is memory-mapped: read from its files when it is searched.
 
         Args:
-            path: a file written by `save`.
-            verify: read all codes once and compare their checksum. False opens at once and checks the header only.
+            path: a directory written by `save`.
+            verify: read all files once and compare their checksums. False opens at once, after a look at the files'
+                headers and sizes.
             device: where to search.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file is not an index, is truncated, or has been altered.
+            FileNotFoundError: there is no such directory.
+            ValueError: the directory holds no index, or a file is missing, truncated or altered.
         """
-        if not os.path.isfile(path):
-            raise FileNotFoundError(f"load: {os.fspath(path)} is not a file")
-        dim, checksum, codes = _read(path)
-        if verify and _digest(dim, codes.numpy()) != checksum:
-            raise ValueError(f"load: {os.fspath(path)} has been altered: its codes do not have the checksum stored")
-        index = cls(dim)
-        index._buffer = codes.to(device)
-        index._count = len(codes)
+        home = Path(os.path.realpath(path))
+        if not home.is_dir():
+            if home.exists():
+                raise ValueError(f"load: path must be a directory written by save, got the file {os.fspath(path)}")
+            raise FileNotFoundError(f"load: there is no directory {os.fspath(path)}")
+        snapshot, manifest = directory.read(home, verify)
+        index = cls(snapshot.dim, rescore_vectors=manifest.kept, device=device)
+        if index._device.type != "cpu":
+            snapshot = replace(snapshot, segments=tuple(moved(part, index._device) for part in snapshot.segments))
+        index._snapshot, index._home = snapshot, home
+        index._known[home] = {manifest.digest}
         return index
 
-    @property
-    def _width(self) -> int | None:
-        return None if self._dim is None else (self._dim + 7) // 8
-
-    def _reserve(self, count: int) -> None:
-        if count <= len(self._buffer) and self._buffer.shape[1] == self._width:
-            return
-        grown = max(count, int(len(self._buffer) * _GROWTH))
-        buffer = torch.empty(grown, self._width or 0, dtype=torch.uint8, device=self.device)
-        if self._count:
-            buffer[: self._count] = self.codes
-        self._buffer = buffer
-
-    def _searched(self, query_dim: int, truncate_dim: int | None) -> tuple[int, Tensor]:
-        """The bits to compare and a view of the codes cut to them."""
-        if self._dim is None:
-            # an index that has seen nothing answers queries of any width
-            return query_dim, torch.empty(0, (query_dim + 7) // 8, dtype=torch.uint8, device=self.device)
-        if truncate_dim is None:
-            return self._dim, self.codes
-        _check_positive("search", "truncate_dim", truncate_dim)
-        if truncate_dim > self._dim or (truncate_dim % 8 and truncate_dim != self._dim):
-            raise ValueError(f"search: truncate_dim must be a multiple of 8 up to {self._dim}, got {truncate_dim}")
-        return truncate_dim, self.codes[:, : (truncate_dim + 7) // 8]
-
-    def _cut(self, queries: Tensor, dim: int) -> Tensor:
-        """Queries as long as the index, cut to ``dim``; others as they are."""
-        is_codes = queries.dtype == torch.uint8
-        whole = self._width if is_codes else self._dim
-        return queries[:, : (dim + 7) // 8 if is_codes else dim] if queries.shape[1] == whole else queries
-
     def _to_codes(self, tensor: Tensor) -> Tensor:
-        tensor = tensor.detach().to(self.device)
+        tensor = tensor.detach().to(self._device)
         if tensor.dtype == torch.uint8:
             return tensor
         # pack_bits takes no float64, and a tiny float64 would round to 0 on the way to float32
         return pack_bits((tensor > 0).float() if tensor.dtype == torch.float64 else tensor)
 
 
-def _rescore(queries: Tensor, candidates: Tensor, codes: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Order candidates ``[Q, C]`` by query · bits and keep ``k``: float32 scores and int64 indices ``[Q, k]``."""
-    # in the order of indices a stable sort by score leaves ties to the lowest; missing ones (-1) come first, at -inf
-    candidates = candidates.sort(dim=1).values
-    scores = torch.empty(candidates.shape, dtype=torch.float32, device=codes.device)
-    bits = codes.shape[1] * 8
-    padded = torch.nn.functional.pad(queries.double(), (0, bits - queries.shape[1]))
-    rows = max(1, _RESCORE_BYTES // max(1, candidates.shape[1] * bits * padded.element_size()))
-    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=codes.device)
-    for start in range(0, len(queries) if len(codes) else 0, rows):
-        block = slice(start, start + rows)
-        chosen = codes[candidates[block].clamp(min=0)]
-        unpacked = (chosen.unsqueeze(-1) >> shifts).bitwise_and_(1).flatten(-2).to(padded.dtype)
-        scores[block] = torch.bmm(unpacked, padded[block].unsqueeze(-1)).squeeze(-1)
-    scores.masked_fill_(candidates == NO_INDEX, -torch.inf)
-    scores, order = scores.sort(dim=1, descending=True, stable=True)
-    return scores[:, :k], candidates.gather(1, order)[:, :k]
+def _check_absent(snapshot: Snapshot, ids: np.ndarray) -> None:
+    for segment in snapshot.segments:
+        present = ids[segment.find(ids) >= 0]
+        if len(present):
+            raise ValueError(f"add: ids must not be in the index (remove_ids frees them), got {int(present[0])}")
 
 
-def _check_array(op: str, argument: str, array: Any) -> str:
-    """Refuse what is neither float vectors nor uint8 codes; returns the name of the dtype."""
-    if not isinstance(array, (np.ndarray, Tensor)):
-        raise ValueError(f"{op}: {argument} must be a NumPy array or a tensor, got {type(array).__name__}")
-    if array.ndim != 2:
-        raise ValueError(f"{op}: {argument} must have 2 dimensions, got shape {list(array.shape)}")
-    kind = str(array.dtype).removeprefix("torch.")
-    if kind not in ("uint8", "float16", "bfloat16", "float32", "float64"):
-        raise ValueError(f"{op}: {argument} must be float vectors or uint8 codes, got {kind}")
-    return kind
+def _searched_dim(snapshot: Snapshot, query_dim: int, truncate_dim: int | None) -> int:
+    """The bits to compare."""
+    if snapshot.dim is None:
+        return query_dim  # an index that has seen nothing answers queries of any width
+    if truncate_dim is None:
+        return snapshot.dim
+    truncate_dim = check_integer("search", "truncate_dim", truncate_dim)
+    if truncate_dim > snapshot.dim or (truncate_dim % 8 and truncate_dim != snapshot.dim):
+        raise ValueError(f"search: truncate_dim must be a multiple of 8 up to {snapshot.dim}, got {truncate_dim}")
+    return truncate_dim
 
 
-def _check_width(op: str, argument: str, array: np.ndarray | Tensor, kind: str, dim: int) -> None:
-    width = (dim + 7) // 8 if kind == "uint8" else dim
-    if array.shape[1] != width:
-        what = f"codes of {width} bytes" if kind == "uint8" else f"vectors of {dim} dimensions"
-        raise ValueError(f"{op}: {argument} must be {what}, got shape {list(array.shape)}")
+def _cut(queries: Tensor, whole_dim: int | None, dim: int) -> Tensor:
+    """Queries as long as the index, cut to ``dim``; others as they are."""
+    whole = whole_dim
+    if queries.dtype == torch.uint8:
+        whole, dim = ((whole_dim or 0) + 7) // 8, (dim + 7) // 8
+    return queries[:, :dim] if queries.shape[1] == whole else queries
 
 
-def _as_tensor(array: np.ndarray | Tensor) -> Tensor:
-    if isinstance(array, Tensor):
-        return array
-    # torch takes neither negative strides nor, without a warning, read-only memory
-    usable = array.flags.writeable and min(array.strides) >= 0
-    return torch.from_numpy(array if usable else array.copy())
+def _by_block(
+    queries: Tensor,
+    searched: Searched,
+    show: bool | None,
+    answer: Callable[[Tensor, Callable[[int], None]], tuple[Tensor, ...]],
+) -> tuple[Tensor, ...]:
+    """Answers to blocks of queries, one after the other."""
+    starts = range(0, max(len(queries), 1), _QUERY_BLOCK)  # once for no queries: gives the empty answer
+    with progress_bar("Searching", len(starts) * searched.steps(), "block", show, logger) as bar:
+        parts = [answer(queries[start : start + _QUERY_BLOCK], bar.update) for start in starts]
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
 
-def _check_positive(op: str, argument: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-        raise ValueError(f"{op}: {argument} must be an integer of at least 1, got {value!r}")
-
-
-def _digest(dim: int, codes: np.ndarray) -> str:
-    digest = hashlib.sha256(f"{_FORMAT} {_VERSION} {dim} {codes.shape[0]} {codes.shape[1]}\n".encode())
-    flat = np.ascontiguousarray(codes).reshape(-1)
-    for start in range(0, len(flat), _HASH_BLOCK):
-        digest.update(flat[start : start + _HASH_BLOCK].data)
-    return digest.hexdigest()
-
-
-def _safetensors(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            'an index is kept in safetensors, which is not installed: pip install "embedding-kernels[models]"'
-        ) from error
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _read(path: str | os.PathLike[str]) -> tuple[int, str, Tensor]:
-    """Header and mapped codes of a saved index: dim, checksum, uint8 ``[N, ceil(dim / 8)]``."""
-    safetensors = _safetensors("safetensors")
-    name = os.fspath(path)
-    try:
-        with safetensors.safe_open(name, framework="pt") as file:
-            header = file.metadata() or {}
-            codes = file.get_tensor("codes") if "codes" in file.keys() else None  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"load: {name} is truncated or no safetensors file: {error}") from error
-    if header.get("format") != _FORMAT or codes is None:
-        raise ValueError(f"load: {name} is no index: its header does not say {_FORMAT!r}")
-    if header.get("version") != _VERSION:
-        raise ValueError(f"load: {name} must have format version {_VERSION}, got {header.get('version')!r}")
-    dim = header.get("dim", "")
-    fits = dim.isascii() and dim.isdigit() and int(dim) > 0 and codes.shape[1:] == ((int(dim) + 7) // 8,)
-    if not fits or codes.dtype != torch.uint8 or "sha256" not in header:
-        raise ValueError(f"load: {name} has been altered: its header does not fit its codes")
-    return int(dim), header["sha256"], codes
+def _as(queries: Any, *results: Tensor) -> Any:
+    """Results as the queries came: arrays, or tensors on their device."""
+    if isinstance(queries, np.ndarray):
+        return tuple(result.cpu().numpy() for result in results)
+    return tuple(result.to(queries.device) for result in results)

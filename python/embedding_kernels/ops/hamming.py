@@ -195,7 +195,8 @@ def rescore_topk(
     search that finds candidates by their codes.
 
     ``score[q, c] = sum_d queries[q, d] * v[candidates[q, c], d]`` with v the vectors, int8 vectors times ``scale``, or
-    bits 0 and 1 (Yamada et al., "Efficient Passage Retrieval with Hashing", 2021).
+    bits 0 and 1 (Yamada et al., "Efficient Passage Retrieval with Hashing", 2021), which choose the dimensions that are
+    summed: what a bit of 0 leaves out has no part in the score, be it infinite or NaN.
 
     Args:
         queries: float32, bfloat16 or float16 ``[Q, D]``; float64 with ``backend="reference"``.
@@ -208,8 +209,8 @@ def rescore_topk(
         backend: as in `pack_bits`.
 
     Returns:
-        scores float32 and indices int64 ``[Q, k]``, highest score first, ties by the lowest index; scores that are not
-        numbers come after all numbers. Places past the last candidate hold -inf and -1. Not differentiable.
+        scores float32 and indices int64 ``[Q, k]``, highest score first, ties by the lowest index; a score that is not
+        a number stands where -inf would. Places past the last candidate hold -inf and -1. Not differentiable.
 
     Raises:
         ValueError: another dtype or rank, sizes that do not fit, differing devices, k < 1, a candidate past the last

@@ -2,6 +2,7 @@
 
 from . import attention as attention
 from . import hamming as hamming
+from . import norm as norm
 from . import paragraph_vector as paragraph_vector
 from . import pooling as pooling
 from .attention import merge_attention as merge_attention
@@ -11,6 +12,8 @@ from .hamming import hamming_range as hamming_range
 from .hamming import hamming_topk as hamming_topk
 from .hamming import pack_bits as pack_bits
 from .hamming import rescore_topk as rescore_topk
+from .norm import add_layer_norm as add_layer_norm
+from .norm import add_rms_norm as add_rms_norm
 from .paragraph_vector import paragraph_vector_step as paragraph_vector_step
 from .pooling import pack_padded as pack_padded
 from .pooling import segment_pool as segment_pool

@@ -56,7 +56,7 @@ def hamming_range(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All codes nearer than ``radius`` to each query, in the order of their indices."""
     distance = hamming_distance(queries, codes)
-    near = distance < radius
+    near = distance.long() < radius  # a radius past 32 bits would wrap
     if allowed is not None:
         near &= unpack_bits(allowed)[: codes.shape[0]] != 0
     offsets = torch.nn.functional.pad(near.sum(1).cumsum(0), (1, 0))
@@ -68,16 +68,21 @@ def rescore_topk(
 ) -> tuple[Tensor, Tensor]:
     """The ``k`` best of each query's candidates by inner product, by (-score, index)."""
     dtype = torch.float64 if queries.dtype == torch.float64 else torch.float32
+    queries = queries.to(dtype)
+    absent = (candidates < 0) | (candidates >= vectors.shape[0])
     if vectors.shape[0] == 0:  # then every candidate is absent, and a row of zeros will do
         vectors = vectors.new_zeros(1, vectors.shape[1])
-    rows = vectors[candidates.clamp(min=0)]
+    rows = vectors[candidates.masked_fill(absent, 0)]
     if vectors.dtype == torch.uint8:
-        rows = unpack_bits(rows)[..., : queries.shape[1]]  # the last byte may hold more
-    rows = rows.to(dtype)
-    if scale is not None:
-        rows = rows * scale.to(dtype)
-    scores = torch.einsum("qd,qcd->qc", queries.to(dtype), rows)
-    absent = candidates < 0
+        bits = unpack_bits(rows)[..., : queries.shape[1]]  # the last byte may hold more
+        # a sum of the chosen values: a bit of 0 keeps infinities and NaN out
+        scores = torch.where(bits != 0, queries[:, None], 0).sum(-1)
+    else:
+        rows = rows.to(dtype)
+        if scale is not None:
+            rows = rows * scale.to(dtype)
+        # not a matrix product, which may round equal rows apart
+        scores = (queries[:, None] * rows).sum(-1)
     order = torch.arange(candidates.shape[1], device=candidates.device).expand_as(candidates)
     # the last key decides first; a score that is not a number comes after every number
     for key in (candidates, -scores.nan_to_num(-torch.inf, torch.inf, -torch.inf), absent.to(torch.int8)):

@@ -1,0 +1,134 @@
+// Checks and dispatch of the norm family on torch tensors.
+#include "norm.h"
+
+#include "../checks.h"
+#include "../kernels.h"
+#include "norm_driver.h"
+#include "torch_support.h"
+
+namespace embedding_kernels::cpu {
+namespace {
+
+const char* const kRows = "a float32, bfloat16 or float16 tensor [T, D] (float64 runs with backend=\"reference\")";
+
+void check_like(const char* op, const char* argument, const Tensor& tensor, const Tensor& rows, const char* name) {
+  const std::string expected = "a " + dtype_name(rows.scalar_type()) + " tensor [T, D], as " + name;
+  check_tensor(op, argument, tensor, expected.c_str(), {rows.scalar_type()}, 2);
+  check_size(op, argument, tensor, 0, rows.size(0), (std::string("the rows of ") + name).c_str());
+  check_size(op, argument, tensor, 1, rows.size(1), (std::string("the width of ") + name).c_str());
+  check_same_device(op, name, rows, argument, tensor);
+}
+
+void check_vector(const char* op, const char* argument, const Tensor& tensor, const Tensor& rows, const char* name) {
+  const std::string expected = "a float32 tensor [D], or " + dtype_name(rows.scalar_type()) + " as " + name;
+  check_tensor(op, argument, tensor, expected.c_str(), {ScalarType::Float, rows.scalar_type()}, 1);
+  check_size(op, argument, tensor, 0, rows.size(1), (std::string("the width of ") + name).c_str());
+  check_same_device(op, name, rows, argument, tensor);
+}
+
+void check_eps(const char* op, double eps) {
+  if (!(eps >= 0)) refuse(op, "eps", "at least 0", std::to_string(eps));
+}
+
+// weight and bias as float32, and what else the loops want to know.
+class Kind {
+ public:
+  Kind(const Tensor& rows, const Tensor& weight, const std::optional<Tensor>& bias, double eps, bool centred, bool more)
+      : weight_(load(weight, more ? 1.0f : 0.0f)), bias_(bias ? load(*bias, 0.0f) : std::vector<float>()) {
+    kind_ = {rows.size(1), static_cast<float>(eps), centred, weight_.data(), bias ? bias_.data() : nullptr};
+  }
+  operator const NormKind&() const { return kind_; }
+
+ private:
+  static std::vector<float> load(const Tensor& vector, float more) {
+    const Tensor dense = torch::stable::contiguous(vector);
+    std::vector<float> values(dense.size(0));
+    norm_loops().load[dtype_of(dense)](dense.const_data_ptr(), more, dense.size(0), values.data());
+    return values;
+  }
+
+  std::vector<float> weight_, bias_;
+  NormKind kind_;
+};
+
+NormRows rows_of(const Tensor& tensor) {
+  return {static_cast<const uint8_t*>(tensor.const_data_ptr()),
+          tensor.stride(0) * static_cast<int64_t>(tensor.element_size())};
+}
+
+Tensor empty_rows(const Tensor& like) { return torch::stable::empty({like.size(0), like.size(1)}, like.scalar_type()); }
+uint8_t* bytes_of(Tensor& tensor) { return static_cast<uint8_t*>(tensor.mutable_data_ptr()); }
+
+std::tuple<Tensor, Tensor> forward(const char* op, Tensor x, std::optional<Tensor> residual, const Tensor& weight,
+                                   const std::optional<Tensor>& bias, double eps, bool centred, bool more) {
+  check_tensor(op, "x", x, kRows, kFloats, 2);
+  if (residual) check_like(op, "residual", *residual, x, "x");
+  check_vector(op, "weight", weight, x, "x");
+  if (bias) check_vector(op, "bias", *bias, x, "x");
+  check_eps(op, eps);
+  x = dense_rows(x);
+  if (residual) residual = dense_rows(*residual);
+  const Kind kind(x, weight, bias, eps, centred, more);
+  Tensor normed = empty_rows(x);
+  Tensor summed = residual ? empty_rows(x) : torch::stable::empty({0}, x.scalar_type());
+  norm_forward(norm_loops(), dtype_of(x), kind, x.size(0), rows_of(x), residual ? rows_of(*residual) : NormRows{},
+               bytes_of(normed), residual ? bytes_of(summed) : nullptr,
+               x.size(1) * static_cast<int64_t>(x.element_size()), TorchParallelFor());
+  return {normed, summed};
+}
+
+struct Gradients {
+  Tensor x, weight, bias;
+};
+
+Gradients backward(const char* op, Tensor grad, std::optional<Tensor> grad_summed, Tensor summed, const Tensor& weight,
+                   const std::optional<Tensor>& bias, double eps, bool centred, bool more) {
+  check_tensor(op, "summed", summed, kRows, kFloats, 2);
+  check_like(op, "grad_normed", grad, summed, "summed");
+  if (grad_summed) check_like(op, "grad_summed", *grad_summed, summed, "summed");
+  check_vector(op, "weight", weight, summed, "summed");
+  if (bias) check_vector(op, "bias", *bias, summed, "summed");
+  check_eps(op, eps);
+  summed = dense_rows(summed);
+  grad = dense_rows(grad);
+  if (grad_summed) grad_summed = dense_rows(*grad_summed);
+  const Kind kind(summed, weight, bias, eps, centred, more);
+  const int64_t dim = summed.size(1);
+  Tensor grad_x = empty_rows(summed);
+  Tensor grad_weight = torch::stable::empty({dim}, ScalarType::Float);
+  Tensor grad_bias = torch::stable::empty({bias ? dim : 0}, ScalarType::Float);
+  norm_backward(norm_loops(), dtype_of(summed), kind, summed.size(0), rows_of(grad),
+                grad_summed ? rows_of(*grad_summed) : NormRows{}, rows_of(summed), bytes_of(grad_x),
+                dim * static_cast<int64_t>(summed.element_size()), static_cast<float*>(grad_weight.mutable_data_ptr()),
+                bias ? static_cast<float*>(grad_bias.mutable_data_ptr()) : nullptr, TorchParallelFor());
+  return {grad_x, grad_weight, grad_bias};
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> add_rms_norm(Tensor x, std::optional<Tensor> residual, Tensor weight, double eps,
+                                        bool one_plus_weight) {
+  return forward("add_rms_norm", x, residual, weight, std::nullopt, eps, false, one_plus_weight);
+}
+
+std::tuple<Tensor, Tensor> add_rms_norm_backward(Tensor grad_normed, std::optional<Tensor> grad_summed, Tensor summed,
+                                                 Tensor weight, double eps, bool one_plus_weight) {
+  const Gradients gradients = backward("add_rms_norm_backward", grad_normed, grad_summed, summed, weight, std::nullopt,
+                                       eps, false, one_plus_weight);
+  return {gradients.x, gradients.weight};
+}
+
+std::tuple<Tensor, Tensor> add_layer_norm(Tensor x, std::optional<Tensor> residual, Tensor weight,
+                                          std::optional<Tensor> bias, double eps) {
+  return forward("add_layer_norm", x, residual, weight, bias, eps, true, false);
+}
+
+std::tuple<Tensor, Tensor, Tensor> add_layer_norm_backward(Tensor grad_normed, std::optional<Tensor> grad_summed,
+                                                           Tensor summed, Tensor weight, std::optional<Tensor> bias,
+                                                           double eps) {
+  const Gradients gradients =
+      backward("add_layer_norm_backward", grad_normed, grad_summed, summed, weight, bias, eps, true, false);
+  return {gradients.x, gradients.weight, gradients.bias};
+}
+
+}  // namespace embedding_kernels::cpu
