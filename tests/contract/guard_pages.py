@@ -80,6 +80,10 @@ def odd_sizes():
             for mode in ("mean", "max", "last"):
                 yield "segment_pool", (x, offsets, mode, 1, None, True, None, None)
                 yield "segment_pool_backward", (x[:2], x, offsets, 3, dim, dtype, mode, 1, None, True)
+            yield "add_rms_norm", (x, x, x[0], 1e-6, True)
+            yield "add_rms_norm_backward", (x, None, x, x[0], 1e-6, True)
+            yield "add_layer_norm", (x, x, x[0], x[1], 1e-5)
+            yield "add_layer_norm_backward", (x, x, x, x[0], x[1], 1e-5)
     yield from attention()
     yield from rescoring()
     for width in range(1, 140):

@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import embedding_kernels as ek
 from embedding_kernels import BinaryParagraphVector
@@ -199,7 +200,7 @@ def test_files_that_are_no_model(fitted, tmp_path):
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(ValueError, match=r"load: .* has been altered"):
         BinaryParagraphVector.load(path)
-    ek.BinaryIndex(8).save(path)
+    save_file({"codes": torch.zeros(1)}, path, metadata={"format": "something else"})
     with pytest.raises(ValueError, match=r"load: .* must have format"):
         BinaryParagraphVector.load(path)
 
