@@ -37,7 +37,7 @@ inline int64_t step_codes(const HammingLoops& loops, int64_t queries, int64_t by
 class AlignedMemory {
  public:
   explicit AlignedMemory(int64_t bytes) : lines_(ceil_div(bytes, 64)) {}
-  uint8_t* data() { return lines_.data()->bytes; }
+  uint8_t* data() { return reinterpret_cast<uint8_t*>(lines_.data()); }
 
  private:
   struct alignas(64) Line {

@@ -326,6 +326,16 @@ def test_one_output_unused(backend, device, kind):
     assert_same(alone, answers(case, backend, device, lambda t: t, zeros)[2:])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_sum_is_rounded_before_it_is_normed(backend, device, dtype, kind):
+    """What is normed is what is handed on, to the bit."""
+    case = Case(30, 70, kind, dtype)
+    normed, summed = case.kernel(backend, device)
+    alone = {name: tensor for name, tensor in case.tensors.items() if name != "residual"}
+    assert_same(case.kernel(backend, device, alone | {"x": summed.cpu()})[0], normed)
+
+
 def test_the_sum_without_a_residual_is_the_input(backend, device):
     x, weight = torch.randn(5, 9, device=device), torch.ones(9, device=device)
     assert ek.add_rms_norm(x, None, weight, backend=backend)[1] is x
