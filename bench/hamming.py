@@ -247,6 +247,8 @@ BENCHMARKS: dict[str, list[Case]] = {
         _topk_case(200_000, 384, 256, 100),
         _topk_case(200_000, 1024, 256, 10, peers.NUMKONG),
         _topk_case(200_000, 1024, 256, 100),
+        _topk_case(200_000, 128, 256, 100),
+        _topk_case(200_000, 256, 256, 100),
         _topk_case(200_000, 1024, 256, 10_000),
         _level_topk(1, 1024, 8_000, quick=True),
         _level_topk(1, 384, 20_000),
