@@ -21,18 +21,24 @@ constexpr int64_t kGroupBytes = 2 * kChunkWords * kTile;
 int64_t block_bytes(int64_t words) { return 2 * (words + 1) * kTile; }
 int64_t scratch_bytes(int64_t) { return kGroupBytes; }
 
+// Byte i of a laid out word stands for bit i / 4 % 8 of its byte i / 32 * 4 + i % 4.
 inline void lay_query(const uint8_t* query, int64_t bytes, int64_t row, uint8_t* tiles, int32_t* ones) {
+  const __m512i byte_of =
+      _mm512_set_epi32(0x07060504, 0x07060504, 0x07060504, 0x07060504, 0x07060504, 0x07060504, 0x07060504, 0x07060504,
+                       0x03020100, 0x03020100, 0x03020100, 0x03020100, 0x03020100, 0x03020100, 0x03020100, 0x03020100);
+  const __m256i bits = _mm256_setr_epi32(0x01010101, 0x02020202, 0x04040404, 0x08080808, 0x10101010, 0x20202020,
+                                         0x40404040, static_cast<int>(0x80808080));
+  const __m512i bit_of = _mm512_broadcast_i64x4(bits);
   int32_t count = 0;
   for (int64_t w = 0; 8 * w < bytes; ++w) {
     const uint64_t word = bytes - 8 * w < 8 ? load_tail(query + 8 * w, bytes - 8 * w) : load_word(query + 8 * w);
     count += __builtin_popcountll(word);
-    uint8_t* to = tiles + w * kTile + row * 64;
-    for (int64_t i = 0; i < 64; ++i) {
-      const int64_t byte = i / 32 * 4 + i % 4, bit = i / 4 % 8;
-      to[i] = (word >> (8 * byte + bit) & 1) != 0 ? 0xff : 1;
-    }
+    const __m512i spread = _mm512_shuffle_epi8(_mm512_set1_epi64(static_cast<int64_t>(word)), byte_of);
+    const __mmask64 set = _mm512_test_epi8_mask(spread, bit_of);
+    _mm512_store_si512(tiles + w * kTile + row * 64,
+                       _mm512_mask_blend_epi8(set, _mm512_set1_epi8(1), _mm512_set1_epi8(-1)));
   }
-  for (int64_t i = 0; i < 16; ++i) ones[row * 16 + i] = count;
+  _mm512_store_si512(ones + row * 16, _mm512_set1_epi32(count));
 }
 
 // Two tiles for each word, of 16 queries each: all words of the first 16, all of the others, then how many ones each
