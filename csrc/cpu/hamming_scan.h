@@ -134,7 +134,7 @@ struct Shares {
   }
 };
 
-constexpr int64_t kMinRange = 8192;
+constexpr int64_t kMinRange = 2048;
 constexpr int64_t kMaxQueriesATask = 256;
 
 // Codes are shared out before queries: laid out once, they serve all of them.

@@ -1,20 +1,11 @@
 // Compiled once for each level of instruction set; see hamming_loops.cpp.
-#include "floats.h"
+#include "floats_math.h"
 #include "norm.h"
 
 namespace embedding_kernels {
 namespace {
 
 constexpr int64_t kSums = 4;
-
-inline float sum_of(Floats x) {
-  float lanes[kWidth];
-  __builtin_memcpy(lanes, &x, sizeof(x));
-  for (int64_t half = kWidth / 2; half > 0; half /= 2) {
-    for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  }
-  return lanes[0];
-}
 
 // Calls visit(column, part, tail) for every vector of a row; tail is a compile-time constant, part the values in it.
 struct Whole {

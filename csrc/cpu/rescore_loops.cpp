@@ -1,5 +1,5 @@
 // Compiled once for each level of instruction set; see hamming_loops.cpp.
-#include "floats.h"
+#include "floats_math.h"
 #include "rescore.h"
 
 namespace embedding_kernels {
@@ -7,15 +7,6 @@ namespace {
 
 // Several sums at once: one alone would wait for its own additions.
 constexpr int64_t kSums = 4;
-
-inline float sum_of(Floats x) {
-  float lanes[kWidth];
-  __builtin_memcpy(lanes, &x, sizeof(x));
-  for (int64_t half = kWidth / 2; half > 0; half /= 2) {
-    for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  }
-  return lanes[0];
-}
 
 // Rows of numbers: values(column) gives kWidth of them, part(column, count) the last ones.
 template <class Row>
