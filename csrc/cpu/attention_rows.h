@@ -8,14 +8,6 @@
 namespace embedding_kernels {
 namespace {
 
-// Calls body.template operator()<partial>(column, part) for whole vectors of `columns`, then for the rest.
-template <class Body>
-inline void for_vectors(int64_t columns, const Body& body) {
-  int64_t c = 0;
-  for (; c + kWidth <= columns; c += kWidth) body.template operator()<false>(c, int64_t{0});
-  if (c < columns) body.template operator()<true>(c, columns - c);
-}
-
 template <Dtype dtype>
 inline const void* row_of(const HeadRows& rows, int64_t index) {
   return at<dtype>(rows.data, index * rows.stride);

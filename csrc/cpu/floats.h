@@ -179,6 +179,14 @@ inline void store_at(Floats value, void* row, int64_t column, int64_t part) {
   }
 }
 
+// Calls body.template operator()<partial>(column, part) for whole vectors of `columns`, then for the rest.
+template <class Body>
+inline void for_vectors(int64_t columns, const Body& body) {
+  int64_t c = 0;
+  for (; c + kWidth <= columns; c += kWidth) body.template operator()<false>(c, int64_t{0});
+  if (c < columns) body.template operator()<true>(c, columns - c);
+}
+
 // ---- choice by comparison; the compiler's own `?:` on vectors goes through memory at some levels ----
 
 #if defined(EK_ISA_AVX512)

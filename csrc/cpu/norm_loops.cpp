@@ -7,30 +7,16 @@ namespace {
 
 constexpr int64_t kSums = 4;
 
-// Calls visit(column, part, tail) for every vector of a row; tail is a compile-time constant, part the values in it.
-struct Whole {
-  static constexpr bool value = false;
-};
-struct Tail {
-  static constexpr bool value = true;
-};
-template <class Visit>
-inline void for_vectors(int64_t dim, const Visit& visit) {
-  int64_t column = 0;
-  for (; column + kWidth <= dim; column += kWidth) visit(column, kWidth, Whole{});
-  if (column < dim) visit(column, dim - column, Tail{});
-}
-
-// Sum of term(column, part, tail), zero past the row, over the vectors of a row.
+// Sum of term.template operator()<partial>(column, part), zero past the row, over the vectors of a row.
 template <class Term>
 inline float sum_vectors(int64_t dim, const Term& term) {
   Floats sums[kSums] = {};
   int64_t column = 0;
   for (; column + kSums * kWidth <= dim; column += kSums * kWidth) {
-    for (int64_t s = 0; s < kSums; ++s) sums[s] += term(column + s * kWidth, kWidth, Whole{});
+    for (int64_t s = 0; s < kSums; ++s) sums[s] += term.template operator()<false>(column + s * kWidth, int64_t{0});
   }
-  for (; column + kWidth <= dim; column += kWidth) sums[0] += term(column, kWidth, Whole{});
-  if (column < dim) sums[1] += term(column, dim - column, Tail{});
+  for (; column + kWidth <= dim; column += kWidth) sums[0] += term.template operator()<false>(column, int64_t{0});
+  if (column < dim) sums[1] += term.template operator()<true>(column, dim - column);
   return sum_of((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
@@ -46,9 +32,9 @@ inline Moments moments(const NormKind& kind, const float* row, float sum) {
   const float count = static_cast<float>(kind.dim);
   if (!kind.centred) return {0.0f, 1.0f / __builtin_sqrtf(sum / count + kind.eps)};
   const Floats middle = broadcast(sum / count);
-  const float squares = sum_vectors(kind.dim, [&](int64_t column, int64_t part, auto tail) {
+  const float squares = sum_vectors(kind.dim, [&]<bool partial>(int64_t column, int64_t part) {
     Floats x = load_scratch(row, column) - middle;
-    if constexpr (tail.value) {
+    if constexpr (partial) {
       for (int64_t i = part; i < kWidth; ++i) x[i] = 0;
     }
     return x * x;
@@ -68,11 +54,11 @@ inline Floats store_rounded(Floats value, void* row, int64_t column, int64_t par
 // The row as float32 in scratch, rounded to its dtype where something was added; the sum that `moments` wants.
 template <Dtype dtype, bool centred, bool adds>
 inline float take_row(const void* x, const void* residual, int64_t dim, void* summed, float* scratch) {
-  return sum_vectors(dim, [&](int64_t column, int64_t part, auto tail) {
-    Floats value = load_at<dtype, tail.value>(x, column, part);
+  return sum_vectors(dim, [&]<bool partial>(int64_t column, int64_t part) {
+    Floats value = load_at<dtype, partial>(x, column, part);
     if constexpr (adds) {
-      value += load_at<dtype, tail.value>(residual, column, part);
-      value = store_rounded<dtype, tail.value>(value, summed, column, part);
+      value += load_at<dtype, partial>(residual, column, part);
+      value = store_rounded<dtype, partial>(value, summed, column, part);
     }
     Element<kFloat32>::store(value, scratch + column);
     return centred ? value : value * value;
@@ -91,11 +77,11 @@ template <Dtype dtype>
 void forward(const NormKind& kind, const void* x, const void* residual, void* normed, void* summed, float* scratch) {
   const Moments of_row = take_moments<dtype>(kind, x, residual, summed, scratch);
   const Floats mean = broadcast(of_row.mean), scale = broadcast(of_row.scale);
-  for_vectors(kind.dim, [&](int64_t column, int64_t part, auto tail) {
-    const Floats weight = load_at<kFloat32, tail.value>(kind.weight, column, part);
+  for_vectors(kind.dim, [&]<bool partial>(int64_t column, int64_t part) {
+    const Floats weight = load_at<kFloat32, partial>(kind.weight, column, part);
     Floats value = (load_scratch(scratch, column) - mean) * scale * weight;
-    if (kind.bias != nullptr) value += load_at<kFloat32, tail.value>(kind.bias, column, part);
-    store_at<dtype, tail.value>(value, normed, column, part);
+    if (kind.bias != nullptr) value += load_at<kFloat32, partial>(kind.bias, column, part);
+    store_at<dtype, partial>(value, normed, column, part);
   });
 }
 
@@ -116,12 +102,12 @@ void backward(const NormKind& kind, const void* grad, const void* grad_summed, c
   float* const weighted = scratch + room;
   const Moments of_row = take_moments<dtype>(kind, summed, nullptr, nullptr, normal);
   const Floats mean = broadcast(of_row.mean), scale = broadcast(of_row.scale);
-  for_vectors(kind.dim, [&](int64_t column, int64_t part, auto tail) {
+  for_vectors(kind.dim, [&]<bool partial>(int64_t column, int64_t part) {
     const Floats n = (load_scratch(normal, column) - mean) * scale;
-    const Floats g = load_at<dtype, tail.value>(grad, column, part);
+    const Floats g = load_at<dtype, partial>(grad, column, part);
     Element<kFloat32>::store(n, normal + column);
-    Element<kFloat32>::store(g * load_at<kFloat32, tail.value>(kind.weight, column, part), weighted + column);
-    if constexpr (tail.value) {
+    Element<kFloat32>::store(g * load_at<kFloat32, partial>(kind.weight, column, part), weighted + column);
+    if constexpr (partial) {
       if (grad_weight != nullptr) add_to(grad_weight, column, part, g * n);
       if (grad_bias != nullptr) add_to(grad_bias, column, part, g);
     } else {
@@ -130,23 +116,23 @@ void backward(const NormKind& kind, const void* grad, const void* grad_summed, c
     }
   });
   const float count = static_cast<float>(kind.dim);
-  const auto values = [&](int64_t column, int64_t, auto) { return load_scratch(weighted, column); };
-  const auto products = [&](int64_t column, int64_t, auto) {
+  const auto values = [&]<bool partial>(int64_t column, int64_t) { return load_scratch(weighted, column); };
+  const auto products = [&]<bool partial>(int64_t column, int64_t) {
     return load_scratch(weighted, column) * load_scratch(normal, column);
   };
   const Floats shift = broadcast(kind.centred ? sum_vectors(kind.dim, values) / count : 0.0f);
   const Floats slope = broadcast(sum_vectors(kind.dim, products) / count);
-  for_vectors(kind.dim, [&](int64_t column, int64_t part, auto tail) {
+  for_vectors(kind.dim, [&]<bool partial>(int64_t column, int64_t part) {
     Floats value = (load_scratch(weighted, column) - shift - load_scratch(normal, column) * slope) * scale;
-    if (grad_summed != nullptr) value += load_at<dtype, tail.value>(grad_summed, column, part);
-    store_at<dtype, tail.value>(value, grad_x, column, part);
+    if (grad_summed != nullptr) value += load_at<dtype, partial>(grad_summed, column, part);
+    store_at<dtype, partial>(value, grad_x, column, part);
   });
 }
 
 template <Dtype dtype>
 void load(const void* in, float more, int64_t dim, float* out) {
-  for_vectors(dim, [&](int64_t column, int64_t part, auto tail) {
-    store_at<kFloat32, tail.value>(load_at<dtype, tail.value>(in, column, part) + broadcast(more), out, column, part);
+  for_vectors(dim, [&]<bool partial>(int64_t column, int64_t part) {
+    store_at<kFloat32, partial>(load_at<dtype, partial>(in, column, part) + broadcast(more), out, column, part);
   });
 }
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import secrets
 import shutil
 from pathlib import Path
 from typing import Any
+
+from . import storage
 
 MANIFEST = "shards.json"
 _FORMAT = "embedding_kernels.ShardedBinaryIndex"
@@ -32,28 +33,17 @@ def publish(home: Path, dim: int | None, names: list[str], counts: list[int]) ->
     manifest = {"format": _FORMAT, "version": _VERSION, "dim": dim, "counts": counts, "shards": names}
     partial = home / f".{MANIFEST}.{secrets.token_hex(4)}.partial"
     try:
-        with open(partial, "x", encoding="utf-8") as file:
-            file.write(json.dumps(manifest, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        _flush(home)  # the shards' own entries are on the disk before their names
-        os.replace(partial, home / MANIFEST)
+        storage.write_file(partial, [(json.dumps(manifest, indent=1) + "\n").encode()])
+        storage.flush_directory(home)  # the shards' own entries are on the disk before their names
+        storage.replace(partial, home / MANIFEST)
     except BaseException:
         with contextlib.suppress(OSError):
-            partial.unlink()
+            storage.unlink(partial)
         raise
-    _flush(home)
+    storage.flush_directory(home)
     for entry in home.iterdir():
         if _SHARD.fullmatch(entry.name) and entry.name not in names:
             shutil.rmtree(entry, ignore_errors=True)
-
-
-def _flush(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_manifest(home: Path, size: int) -> dict[str, Any]:
