@@ -65,7 +65,9 @@ def _rate(contender: Mapping[str, Any]) -> str:
     if contender["gigabytes_per_second"]:
         rates.append(f"{contender['gigabytes_per_second']:.1f} GB/s")
     if contender["giga_operations_per_second"]:
-        rates.append(f"{contender['giga_operations_per_second']:.1f} G {contender['operations_are']}/s")
+        giga = contender["giga_operations_per_second"]
+        rate = f"{giga:.1f} G" if giga >= 0.1 else f"{1000 * giga:.1f} M"
+        rates.append(f"{rate} {contender['operations_are']}/s")
     return "  " + ", ".join(rates)
 
 
