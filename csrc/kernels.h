@@ -41,6 +41,13 @@ std::tuple<Tensor, Tensor, Tensor> hamming_range(Tensor queries, Tensor codes, i
 std::tuple<Tensor, Tensor> rescore_topk(Tensor queries, Tensor candidates, Tensor vectors, int64_t k,
                                         std::optional<Tensor> scale);
 
+Tensor grouped_softmax(Tensor scores, int64_t groups);
+Tensor grouped_softmax_backward(Tensor grad, Tensor probabilities, int64_t groups);
+Tensor geglu_segment_pool(Tensor hidden, std::optional<Tensor> bias, Tensor cu_seqlens, std::optional<Tensor> weights,
+                          std::optional<ScalarType> out_dtype);
+std::tuple<Tensor, Tensor, Tensor> geglu_segment_pool_backward(Tensor grad, Tensor hidden, std::optional<Tensor> bias,
+                                                               Tensor cu_seqlens, std::optional<Tensor> weights);
+
 std::tuple<Tensor, Tensor> add_rms_norm(Tensor x, std::optional<Tensor> residual, Tensor weight, double eps,
                                         bool one_plus_weight);
 std::tuple<Tensor, Tensor> add_rms_norm_backward(Tensor grad_normed, std::optional<Tensor> grad_summed, Tensor summed,
@@ -50,6 +57,14 @@ std::tuple<Tensor, Tensor> add_layer_norm(Tensor x, std::optional<Tensor> residu
 std::tuple<Tensor, Tensor, Tensor> add_layer_norm_backward(Tensor grad_normed, std::optional<Tensor> grad_summed,
                                                            Tensor summed, Tensor weight, std::optional<Tensor> bias,
                                                            double eps);
+
+Tensor token_prepend(Tensor hidden, Tensor source_rows, Tensor target_rows);
+Tensor token_prepend_backward(Tensor grad, Tensor source_rows, Tensor target_rows);
+std::tuple<Tensor, Tensor> token_prepend_rms_norm(Tensor x, std::optional<Tensor> residual, Tensor source_rows,
+                                                  Tensor target_rows, Tensor weight, double eps, bool one_plus_weight);
+std::tuple<Tensor, Tensor> token_prepend_rms_norm_backward(Tensor grad_normed, std::optional<Tensor> grad_summed,
+                                                           Tensor summed, Tensor source_rows, Tensor target_rows,
+                                                           Tensor weight, double eps, bool one_plus_weight);
 
 Tensor paragraph_vector_step(Tensor documents, Tensor document_squares, Tensor words, Tensor bias, Tensor word_squares,
                              Tensor rows, Tensor tokens, Tensor cu_seqlens, Tensor negatives, Tensor log_expected,

@@ -24,11 +24,20 @@
   "max_seqlen_k, " VARLEN_ATTENTION_OPTIONS ") -> (Tensor, Tensor)"
 #define MERGE_ATTENTION_SIGNATURE "(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor, Tensor)"
 
+#define GROUPED_SOFTMAX_SIGNATURE "(Tensor scores, SymInt groups) -> Tensor"
+#define GEGLU_SEGMENT_POOL_SIGNATURE                                                                       \
+  "(Tensor hidden, Tensor? bias, Tensor cu_seqlens, Tensor? weights=None, ScalarType? out_dtype=None) -> " \
+  "Tensor"
+
 #define ADD_RMS_NORM_SIGNATURE                                                                            \
   "(Tensor x, Tensor? residual, Tensor weight, float eps=1e-06, bool one_plus_weight=False) -> (Tensor, " \
   "Tensor)"
 #define ADD_LAYER_NORM_SIGNATURE \
   "(Tensor x, Tensor? residual, Tensor weight, Tensor? bias=None, float eps=1e-05) -> (Tensor, Tensor)"
+#define TOKEN_PREPEND_SIGNATURE "(Tensor hidden, Tensor source_rows, Tensor target_rows) -> Tensor"
+#define TOKEN_PREPEND_RMS_NORM_SIGNATURE                                                                       \
+  "(Tensor x, Tensor? residual, Tensor source_rows, Tensor target_rows, Tensor weight, float eps=1e-06, bool " \
+  "one_plus_weight=False) -> (Tensor, Tensor)"
 
 STABLE_TORCH_LIBRARY(embedding_kernels, m) {
   // attention
@@ -53,6 +62,15 @@ STABLE_TORCH_LIBRARY(embedding_kernels, m) {
   m.def(
       "rescore_topk(Tensor queries, Tensor candidates, Tensor vectors, SymInt k, Tensor? scale=None) -> (Tensor, "
       "Tensor)");
+  // latent attention
+  m.def("grouped_softmax" GROUPED_SOFTMAX_SIGNATURE);
+  m.def("grouped_softmax_forward" GROUPED_SOFTMAX_SIGNATURE);
+  m.def("grouped_softmax_backward(Tensor grad, Tensor probabilities, SymInt groups) -> Tensor");
+  m.def("geglu_segment_pool" GEGLU_SEGMENT_POOL_SIGNATURE);
+  m.def("geglu_segment_pool_forward" GEGLU_SEGMENT_POOL_SIGNATURE);
+  m.def(
+      "geglu_segment_pool_backward(Tensor grad, Tensor hidden, Tensor? bias, Tensor cu_seqlens, Tensor? weights) -> "
+      "(Tensor, Tensor, Tensor)");
   // norm
   m.def("add_rms_norm" ADD_RMS_NORM_SIGNATURE);
   m.def("add_rms_norm_forward" ADD_RMS_NORM_SIGNATURE);
@@ -64,6 +82,14 @@ STABLE_TORCH_LIBRARY(embedding_kernels, m) {
   m.def(
       "add_layer_norm_backward(Tensor grad_normed, Tensor? grad_summed, Tensor summed, Tensor weight, Tensor? bias, "
       "float eps) -> (Tensor, Tensor, Tensor)");
+  m.def("token_prepend" TOKEN_PREPEND_SIGNATURE);
+  m.def("token_prepend_forward" TOKEN_PREPEND_SIGNATURE);
+  m.def("token_prepend_backward(Tensor grad, Tensor source_rows, Tensor target_rows) -> Tensor");
+  m.def("token_prepend_rms_norm" TOKEN_PREPEND_RMS_NORM_SIGNATURE);
+  m.def("token_prepend_rms_norm_forward" TOKEN_PREPEND_RMS_NORM_SIGNATURE);
+  m.def(
+      "token_prepend_rms_norm_backward(Tensor grad_normed, Tensor? grad_summed, Tensor summed, Tensor source_rows, "
+      "Tensor target_rows, Tensor weight, float eps, bool one_plus_weight) -> (Tensor, Tensor)");
   // paragraph vectors
   m.def(
       "paragraph_vector_step(Tensor(a!) documents, Tensor(b!) document_squares, Tensor(c!) words, Tensor(d!) bias, "
@@ -99,12 +125,24 @@ STABLE_TORCH_LIBRARY_IMPL(embedding_kernels, CPU, m) {
   m.impl("hamming_topk", TORCH_BOX(&cpu::hamming_topk));
   m.impl("hamming_range", TORCH_BOX(&cpu::hamming_range));
   m.impl("rescore_topk", TORCH_BOX(&cpu::rescore_topk));
+  m.impl("grouped_softmax", TORCH_BOX(&cpu::grouped_softmax));
+  m.impl("grouped_softmax_forward", TORCH_BOX(&cpu::grouped_softmax));
+  m.impl("grouped_softmax_backward", TORCH_BOX(&cpu::grouped_softmax_backward));
+  m.impl("geglu_segment_pool", TORCH_BOX(&cpu::geglu_segment_pool));
+  m.impl("geglu_segment_pool_forward", TORCH_BOX(&cpu::geglu_segment_pool));
+  m.impl("geglu_segment_pool_backward", TORCH_BOX(&cpu::geglu_segment_pool_backward));
   m.impl("add_rms_norm", TORCH_BOX(&cpu::add_rms_norm));
   m.impl("add_rms_norm_forward", TORCH_BOX(&cpu::add_rms_norm));
   m.impl("add_rms_norm_backward", TORCH_BOX(&cpu::add_rms_norm_backward));
   m.impl("add_layer_norm", TORCH_BOX(&cpu::add_layer_norm));
   m.impl("add_layer_norm_forward", TORCH_BOX(&cpu::add_layer_norm));
   m.impl("add_layer_norm_backward", TORCH_BOX(&cpu::add_layer_norm_backward));
+  m.impl("token_prepend", TORCH_BOX(&cpu::token_prepend));
+  m.impl("token_prepend_forward", TORCH_BOX(&cpu::token_prepend));
+  m.impl("token_prepend_backward", TORCH_BOX(&cpu::token_prepend_backward));
+  m.impl("token_prepend_rms_norm", TORCH_BOX(&cpu::token_prepend_rms_norm));
+  m.impl("token_prepend_rms_norm_forward", TORCH_BOX(&cpu::token_prepend_rms_norm));
+  m.impl("token_prepend_rms_norm_backward", TORCH_BOX(&cpu::token_prepend_rms_norm_backward));
   m.impl("paragraph_vector_step", TORCH_BOX(&cpu::paragraph_vector_step));
   m.impl("segment_pool", TORCH_BOX(&cpu::segment_pool));
   m.impl("segment_pool_forward", TORCH_BOX(&cpu::segment_pool));

@@ -2,6 +2,7 @@
 #include "attention.h"
 #include "hamming.h"
 #include "isa.h"
+#include "latent_attention.h"
 #include "norm.h"
 #include "paragraph_vector.h"
 #include "pooling.h"
@@ -45,6 +46,7 @@ namespace embedding_kernels {
 EK_DISPATCH_AMX(AttentionLoops, attention_loops)
 EK_DISPATCH_AMX(AttentionBackwardLoops, attention_backward_loops)
 EK_DISPATCH_AMX(HammingLoops, hamming_loops)
+EK_DISPATCH(LatentAttentionLoops, latent_attention_loops)
 EK_DISPATCH(NormLoops, norm_loops)
 EK_DISPATCH(ParagraphVectorLoops, paragraph_vector_loops)
 EK_DISPATCH(PoolingLoops, pooling_loops)

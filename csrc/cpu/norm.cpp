@@ -4,6 +4,7 @@
 #include "../checks.h"
 #include "../kernels.h"
 #include "norm_driver.h"
+#include "token_prepend.h"
 #include "torch_support.h"
 
 namespace embedding_kernels::cpu {
@@ -51,16 +52,18 @@ class Kind {
   NormKind kind_;
 };
 
-NormRows rows_of(const Tensor& tensor) {
+NormRows rows_of(const Tensor& tensor, const int64_t* places = nullptr) {
   return {static_cast<const uint8_t*>(tensor.const_data_ptr()),
-          tensor.stride(0) * static_cast<int64_t>(tensor.element_size())};
+          tensor.stride(0) * static_cast<int64_t>(tensor.element_size()), places};
 }
 
 Tensor empty_rows(const Tensor& like) { return torch::stable::empty({like.size(0), like.size(1)}, like.scalar_type()); }
 uint8_t* bytes_of(Tensor& tensor) { return static_cast<uint8_t*>(tensor.mutable_data_ptr()); }
 
+// With `places`, the sum of row r is that of the rows at places[r].
 std::tuple<Tensor, Tensor> forward(const char* op, Tensor x, std::optional<Tensor> residual, const Tensor& weight,
-                                   const std::optional<Tensor>& bias, double eps, bool centred, bool more) {
+                                   const std::optional<Tensor>& bias, double eps, bool centred, bool more,
+                                   const int64_t* places = nullptr) {
   check_tensor(op, "x", x, kRows, kFloats, 2);
   if (residual) check_like(op, "residual", *residual, x, "x");
   check_vector(op, "weight", weight, x, "x");
@@ -71,9 +74,10 @@ std::tuple<Tensor, Tensor> forward(const char* op, Tensor x, std::optional<Tenso
   const Kind kind(x, weight, bias, eps, centred, more);
   Tensor normed = empty_rows(x);
   Tensor summed = residual ? empty_rows(x) : torch::stable::empty({0}, x.scalar_type());
-  norm_forward(norm_loops(), dtype_of(x), kind, x.size(0), rows_of(x), residual ? rows_of(*residual) : NormRows{},
-               bytes_of(normed), residual ? bytes_of(summed) : nullptr,
-               x.size(1) * static_cast<int64_t>(x.element_size()), TorchParallelFor());
+  norm_forward(norm_loops(), dtype_of(x), kind, x.size(0), rows_of(x, places),
+               residual ? rows_of(*residual, places) : NormRows{}, bytes_of(normed),
+               residual ? bytes_of(summed) : nullptr, x.size(1) * static_cast<int64_t>(x.element_size()),
+               TorchParallelFor());
   return {normed, summed};
 }
 
@@ -115,6 +119,30 @@ std::tuple<Tensor, Tensor> add_rms_norm_backward(Tensor grad_normed, std::option
                                                  Tensor weight, double eps, bool one_plus_weight) {
   const Gradients gradients = backward("add_rms_norm_backward", grad_normed, grad_summed, summed, weight, std::nullopt,
                                        eps, false, one_plus_weight);
+  return {gradients.x, gradients.weight};
+}
+
+std::tuple<Tensor, Tensor> token_prepend_rms_norm(Tensor x, std::optional<Tensor> residual, Tensor source_rows,
+                                                  Tensor target_rows, Tensor weight, double eps, bool one_plus_weight) {
+  const char* const op = "token_prepend_rms_norm";
+  check_tensor(op, "x", x, kRows, kFloats, 2);
+  const std::vector<int64_t> places = places_of(copies_of(op, source_rows, target_rows, x, "x"), x.size(0));
+  if (residual) return forward(op, x, residual, weight, std::nullopt, eps, false, one_plus_weight, places.data());
+  check_vector(op, "weight", weight, x, "x");
+  check_eps(op, eps);
+  Tensor moved = take_rows(x, places);
+  return {std::get<0>(forward(op, moved, std::nullopt, weight, std::nullopt, eps, false, one_plus_weight)), moved};
+}
+
+std::tuple<Tensor, Tensor> token_prepend_rms_norm_backward(Tensor grad_normed, std::optional<Tensor> grad_summed,
+                                                           Tensor summed, Tensor source_rows, Tensor target_rows,
+                                                           Tensor weight, double eps, bool one_plus_weight) {
+  const char* const op = "token_prepend_rms_norm_backward";
+  check_tensor(op, "summed", summed, kRows, kFloats, 2);
+  const RowCopies copies = copies_of(op, source_rows, target_rows, summed, "summed");
+  Gradients gradients =
+      backward(op, grad_normed, grad_summed, summed, weight, std::nullopt, eps, false, one_plus_weight);
+  return_gradients(copies, gradients.x);
   return {gradients.x, gradients.weight};
 }
 

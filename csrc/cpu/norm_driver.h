@@ -10,12 +10,15 @@
 
 namespace embedding_kernels {
 
-// Rows of one dtype; null data where there are none.
+// Rows of one dtype; null data where there are none. With `places`, row r is that at places[r].
 struct NormRows {
   const uint8_t* data;
   int64_t stride;  // bytes
+  const int64_t* places = nullptr;
 
-  const void* row(int64_t r) const { return data == nullptr ? nullptr : data + r * stride; }
+  const void* row(int64_t r) const {
+    return data == nullptr ? nullptr : data + (places == nullptr ? r : places[r]) * stride;
+  }
 };
 
 // Room for a row in whole vectors of any level.

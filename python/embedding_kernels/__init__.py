@@ -21,8 +21,12 @@ _LAZY = {
     "hamming_topk": ".ops.hamming",
     "hamming_range": ".ops.hamming",
     "rescore_topk": ".ops.hamming",
+    "grouped_softmax": ".ops.latent_attention",
+    "geglu_segment_pool": ".ops.latent_attention",
     "add_rms_norm": ".ops.norm",
     "add_layer_norm": ".ops.norm",
+    "token_prepend": ".ops.norm",
+    "token_prepend_rms_norm": ".ops.norm",
     "paragraph_vector_step": ".ops.paragraph_vector",
     "segment_pool": ".ops.pooling",
     "segment_pool_pack_bits": ".ops.pooling",
@@ -52,8 +56,12 @@ if TYPE_CHECKING:
     from .ops.hamming import hamming_topk as hamming_topk
     from .ops.hamming import pack_bits as pack_bits
     from .ops.hamming import rescore_topk as rescore_topk
+    from .ops.latent_attention import geglu_segment_pool as geglu_segment_pool
+    from .ops.latent_attention import grouped_softmax as grouped_softmax
     from .ops.norm import add_layer_norm as add_layer_norm
     from .ops.norm import add_rms_norm as add_rms_norm
+    from .ops.norm import token_prepend as token_prepend
+    from .ops.norm import token_prepend_rms_norm as token_prepend_rms_norm
     from .ops.paragraph_vector import paragraph_vector_step as paragraph_vector_step
     from .ops.pooling import cu_seqlens_from_mask as cu_seqlens_from_mask
     from .ops.pooling import pack_padded as pack_padded

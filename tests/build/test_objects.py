@@ -26,6 +26,7 @@ MARKS = {
         "avx512": ("vpopcntq.*zmm",),
         "amx": ("tdpbssd", "tileloaddt1", "vgf2p8affineqb.*zmm"),
     },
+    "latent_attention_loops": {"avx2": ("vfmadd.*ymm",), "avx512": ("vfmadd.*zmm", "vscalefps.*zmm")},
     "norm_loops": {"avx2": ("vcvtph2ps.*ymm",), "avx512": ("vcvtph2ps.*zmm",)},
     "paragraph_vector_loops": {"avx2": ("vfmadd.*ymm",), "avx512": ("vfmadd.*zmm",)},
     "pooling_loops": {"avx2": ("vcvtph2ps.*ymm",), "avx512": ("vcvtph2ps.*zmm",)},

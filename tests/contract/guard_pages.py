@@ -80,6 +80,11 @@ def odd_sizes():
             for mode in ("mean", "max", "last"):
                 yield "segment_pool", (x, offsets, mode, 1, None, True, None, None)
                 yield "segment_pool_backward", (x[:2], x, offsets, 3, dim, dtype, mode, 1, None, True)
+            hidden, bias = torch.cat([x, -x], 1), x[:2].flatten().float()
+            yield "grouped_softmax", (hidden, 2)
+            yield "grouped_softmax_backward", (hidden, hidden, 2)
+            yield "geglu_segment_pool", (hidden, bias, offsets, bias[:1].expand(3), None)
+            yield "geglu_segment_pool_backward", (x[:2], hidden, bias, offsets, bias[:1].expand(3))
             yield "add_rms_norm", (x, x, x[0], 1e-6, True)
             yield "add_rms_norm_backward", (x, None, x, x[0], 1e-6, True)
             yield "add_layer_norm", (x, x, x[0], x[1], 1e-5)

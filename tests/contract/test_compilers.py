@@ -53,6 +53,12 @@ def add_and_norm(step: int) -> tuple[torch.Tensor, ...]:
     return rows, 2 * rows, torch.randn(24), torch.randn(24)
 
 
+def rows_before_a_gated_unit(step: int) -> tuple[torch.Tensor, ...]:
+    """Values with gates, a bias of both, offsets."""
+    hidden, cu_seqlens, _, _ = ragged(step)
+    return hidden, hidden[0], cu_seqlens
+
+
 def learn(documents: torch.Tensor, words: torch.Tensor, tokens: torch.Tensor, cu_seqlens: torch.Tensor):
     """A step on copies, so that it may be called again: the losses and what has been learned."""
     documents, words = documents.clone(), words.clone()
@@ -89,6 +95,8 @@ CALLS = {
         lambda q, c, v, k: ek.rescore_topk(q, c, v, k),
         (torch.randn(2 + step, 24), rows_to_score(step), torch.randn(30 + step, 24), 3 + step),
     ),
+    "grouped_softmax": lambda step: (lambda x: ek.grouped_softmax(x, 3), ragged(step)[:1]),
+    "geglu_segment_pool": lambda step: (lambda x, b, c: ek.geglu_segment_pool(x, b, c), rows_before_a_gated_unit(step)),
     "segment_pool": lambda step: (lambda x, c: ek.segment_pool(x, c, normalize=True), ragged(step)[:2]),
     "segment_pool_pack_bits": lambda step: (lambda x, c: ek.segment_pool_pack_bits(x, c), ragged(step)[:2]),
     "add_rms_norm": lambda step: (

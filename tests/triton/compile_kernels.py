@@ -125,6 +125,29 @@ def _rescoring(kernels: Any) -> Iterator[Any]:
     yield kernels.rescore_topk_triton(queries[:, :256], candidates, torch.empty(200, 1024)[:, :256], 10)
 
 
+def _latent_attention_calls(kernels: Any) -> Iterator[Any]:
+    offsets = torch.zeros(9, dtype=torch.int32)
+    for dtype in FLOATS:
+        scores = torch.empty(2048, 4096, dtype=dtype)
+        yield kernels.grouped_softmax_triton(scores, 8)
+        yield kernels.grouped_softmax_backward_triton(scores, scores, 8)
+        hidden, grad = torch.empty(2048, 32768, dtype=dtype), torch.empty(8, 16384, dtype=dtype)
+        yield kernels.geglu_segment_pool_triton(hidden, hidden[0], offsets)
+        yield kernels.geglu_segment_pool_backward_triton(grad, hidden, hidden[0], offsets, None)
+    for width, groups in ((77, 7), (8192, 1), (512, 64)):
+        scores = torch.empty(2048, width, dtype=torch.bfloat16)
+        yield kernels.grouped_softmax_triton(scores, groups)
+        yield kernels.grouped_softmax_backward_triton(scores, scores, groups)
+    for width in (2048, 154):
+        hidden, bias, weights = torch.empty(2048, width, dtype=torch.bfloat16), torch.empty(width), torch.empty(2048)
+        yield kernels.geglu_segment_pool_triton(hidden, bias, offsets, weights, torch.float32)
+        yield kernels.geglu_segment_pool_triton(hidden, None, offsets, weights)
+        yield kernels.geglu_segment_pool_backward_triton(
+            bias[: width // 2].expand(8, -1), hidden, bias, offsets, weights
+        )
+        yield kernels.geglu_segment_pool_backward_triton(grad[:, : width // 2], hidden, None, offsets, weights)
+
+
 def _norm_calls(kernels: Any) -> Iterator[Any]:
     for dtype in FLOATS:
         for width in (384, 1024, 4096):
@@ -182,6 +205,7 @@ def _backward(
 CALLS: dict[str, Callable[[Any], Iterator[Any]]] = {
     "attention": _attention_calls,
     "hamming": _hamming_calls,
+    "latent_attention": _latent_attention_calls,
     "norm": _norm_calls,
     "pooling": _pooling_calls,
 }

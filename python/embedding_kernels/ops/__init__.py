@@ -9,8 +9,12 @@ from .hamming import hamming_range as hamming_range
 from .hamming import hamming_topk as hamming_topk
 from .hamming import pack_bits as pack_bits
 from .hamming import rescore_topk as rescore_topk
+from .latent_attention import geglu_segment_pool as geglu_segment_pool
+from .latent_attention import grouped_softmax as grouped_softmax
 from .norm import add_layer_norm as add_layer_norm
 from .norm import add_rms_norm as add_rms_norm
+from .norm import token_prepend as token_prepend
+from .norm import token_prepend_rms_norm as token_prepend_rms_norm
 from .paragraph_vector import paragraph_vector_step as paragraph_vector_step
 from .pooling import cu_seqlens_from_mask as cu_seqlens_from_mask
 from .pooling import pack_padded as pack_padded

@@ -34,3 +34,24 @@ def add_layer_norm(
     shift = None if bias is None else _wide(bias, x)
     normed = _norm(_wide(summed, x), _wide(weight, x), shift, eps, centred=True).to(x.dtype)
     return normed, x.new_empty(0) if residual is None else summed
+
+
+def token_prepend(hidden: Tensor, source_rows: Tensor, target_rows: Tensor) -> Tensor:
+    """The rows with each target replaced by its source; all sources are read first."""
+    rows = torch.arange(hidden.shape[0], device=hidden.device).index_put((target_rows,), source_rows)
+    return hidden[rows]
+
+
+def token_prepend_rms_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    source_rows: Tensor,
+    target_rows: Tensor,
+    weight: Tensor,
+    *,
+    eps: float = 1e-6,
+    one_plus_weight: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """RMS norm of the sum after the copies, and that sum."""
+    summed = token_prepend(x if residual is None else x + residual, source_rows, target_rows)
+    return add_rms_norm(summed, None, weight, eps=eps, one_plus_weight=one_plus_weight)[0], summed
