@@ -84,10 +84,11 @@ def _operator_rows() -> list[tuple[str, str]]:
 def _model_rows() -> list[tuple[str, str]]:
     if _version("transformers") == "not installed":
         return [("every model", "needs the models extra (transformers is not installed)")]
-    from .models.backbones import BertBackbone, PluggedBackbone
+    from .models.backbones import BertBackbone, DecoderBackbone, PluggedBackbone
 
     return [
         ("BERT, RoBERTa, XLM-RoBERTa, CamemBERT", BertBackbone.road),
+        ("Llama, Mistral, Qwen2, Qwen3, Gemma, Gemma 2", DecoderBackbone.road),
         ("other models of transformers' attention interface", PluggedBackbone.road),
         ("the rest (MPNet, DeBERTa, …)", "transformers' padded forward"),
     ]

@@ -13,6 +13,7 @@ import torch
 import transformers as hf
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers.models.bert.modeling_bert import BertSelfAttention
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from embedding_kernels import use_backend
 from embedding_kernels.integrations.transformers import NAME, packed_forward, plug_attention, unplug_attention
@@ -23,6 +24,7 @@ from integrations.families import (
     offsets,
     pad,
     relative_error,
+    run_alone,
     run_packed,
     run_padded,
     texts,
@@ -100,6 +102,61 @@ def test_packed_rows_that_do_not_reach_a_layer_are_refused(compiled):
     # nothing of it is left for the next forward
     run_padded(model, "right", None)
     run_padded(plug_attention(make("BERT")), "right", None)
+
+
+class _Deaf(LlamaAttention):
+    """A layer that hands on the keywords of packed rows alone."""
+
+    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs):
+        known = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+        kwargs = {name: kwargs[name] for name in known}
+        return super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
+
+
+@pytest.mark.parametrize("compiled", (False, True))
+def test_a_layer_that_does_not_hear_of_the_direction_is_refused(compiled):
+    model = make("Llama")
+    model.layers[1].self_attn = _Deaf(model.config, 1)
+    plug_attention(model.eval())
+    run = torch.compile(packed_forward, backend="eager") if compiled else packed_forward
+    with pytest.raises(ValueError, match=r"bidirectional must be False for a model with _Deaf.*got True"):
+        run(model, torch.cat(texts()), offsets(), 19, bidirectional=True)
+    run_packed(model, None)
+
+
+def test_the_direction_is_asked_for_once():
+    model = plug_attention(make("Llama"))
+    with pytest.raises(ValueError, match="is_causal must be None where bidirectional is True, got False"):
+        packed_forward(model, torch.cat(texts()), offsets(), 19, is_causal=False, bidirectional=True)
+
+
+@pytest.mark.parametrize("name", ("Mistral", "Gemma 2", "ModernBERT", "T5"))
+def test_bidirectional_drops_windows(name):
+    """As the model does whose window is wider than every text; and the next forward has its own again."""
+    model, window = make(name), FAMILIES[name].window
+    with torch.no_grad():
+        own = run_alone(model, None)
+        free = make(name, **({window: 1000} if window else {}))
+        expected = run_alone(free, FAMILIES[name].directions[-1])
+        plug_attention(model)
+        got = packed_forward(model, torch.cat(texts()), offsets(), 19, bidirectional=True)
+        assert relative_error(got, expected) < 1e-5
+        assert relative_error(run_packed(model, None), own) < 1e-5
+
+
+def test_bidirectional_survives_checkpointing():
+    """Layers that run again in the backward are bidirectional there too."""
+    gradients = []
+    for checkpointed in (False, True):
+        model = plug_attention(make("Mistral").train())
+        if checkpointed:
+            # the name before transformers 5.23
+            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
+        packed_forward(model, torch.cat(texts()), offsets(), 19, bidirectional=True).square().sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for plain, again in zip(*gradients, strict=True):
+        assert torch.equal(plain, again)
 
 
 def test_a_foreign_layer_is_refused():
@@ -215,8 +272,11 @@ def test_packed_forward_refuses():
         packed_forward(head, ids, offsets(), 19)
 
 
-@pytest.mark.parametrize("name", ("BERT", "T5", "ModernBERT", "Mistral", "Gemma 2"))
-def test_packed_forward_compiles_whole(name):
+@pytest.mark.parametrize(
+    ("name", "bidirectional"),
+    [*((name, False) for name in ("BERT", "T5", "ModernBERT", "Mistral", "Gemma 2")), ("Mistral", True)],
+)
+def test_packed_forward_compiles_whole(name, bidirectional):
     """One graph for every batch of texts."""
     model = plug_attention(make(name))
     torch._dynamo.reset()
@@ -226,7 +286,8 @@ def test_packed_forward_compiles_whole(name):
     with torch.no_grad():
         for lengths in ((5, 9, 3), (8, 2, 11, 6), (12, 4)):
             arguments = torch.cat(texts(lengths)), offsets(lengths), max(lengths)
-            assert relative_error(compiled(model, *arguments), packed_forward(model, *arguments)) < 1e-6
+            outs = [run(model, *arguments, bidirectional=bidirectional) for run in (compiled, packed_forward)]
+            assert relative_error(*outs) < 1e-6
             counts.add(counter.frame_count)
     assert len(counts) == 1
 

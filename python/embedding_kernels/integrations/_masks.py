@@ -19,6 +19,9 @@ from ..ops.pooling import pack_padded
 
 #: attribute of a mask tensor under which a forward's `Mask` travels to the layers
 ATTRIBUTE = "_embedding_kernels_mask"
+#: keyword that tells a layer to see everything. It travels with cu_seq_lens_q and not through the config or a state of
+#: the thread, so that nothing is left behind, and a checkpointed layer that runs again in the backward has it too
+BIDIRECTIONAL = "embedding_kernels_bidirectional"
 
 
 @dataclass(frozen=True)
@@ -327,7 +330,9 @@ def rows_and_visible(
     extras: dict[str, Any],
 ) -> tuple[Rows, Visible]:
     mask: Mask | None = getattr(carrier, ATTRIBUTE, None)
-    if mask is None:
+    if extras.get(BIDIRECTIONAL):
+        visible = Visible()
+    elif mask is None:
         visible = _visible_by_arguments(module, is_causal, sliding_window)
     else:
         visible = mask.visible

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..ops.attention import varlen_attention
 from ..ops.pooling import pack_padded, unpack_padded
-from ._masks import cannot, mask_function, rows_and_visible
+from ._masks import BIDIRECTIONAL, cannot, mask_function, rows_and_visible
 
 #: under which transformers knows the attention; a name with "flash" in it would be looked for on the hub
 NAME = "embedding_kernels"
@@ -35,10 +35,10 @@ _running = threading.local()
 
 @dataclass
 class _Forward:
-    """A forward that is running: the layers that came through, and whether its rows are packed."""
+    """A forward that is running: the layers that came through, and the keywords that every layer must be handed."""
 
     came: set[str]
-    packed: bool
+    keywords: tuple[str, ...]
 
 
 @dataclass
@@ -56,8 +56,8 @@ class _Plug:
     #: whether token types are embedded in a table of their own, so that type 0 is none
     token_types: bool
     handles: tuple[Any, ...] = ()
-    #: whether the forward that torch.compile traces has packed rows
-    traces_packed: bool = False
+    #: keywords that every layer must be handed by the forward that torch.compile traces
+    traced_keywords: tuple[str, ...] = ()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # a model unpickled in another process finds the attention registered
@@ -141,6 +141,7 @@ def packed_forward(
     *,
     position_ids: Tensor | None = None,
     is_causal: bool | None = None,
+    bidirectional: bool = False,
     **inputs: Any,
 ) -> Tensor:
     """Run a plugged model on packed tokens, without padding and without attention across texts.
@@ -153,7 +154,10 @@ def packed_forward(
         max_seqlen: at least the longest text.
         position_ids: ``[T]``; by default 0, 1, … within each text, from ``padding_idx + 1`` for models of RoBERTa's
             family.
-        is_causal: False makes a decoder attend in both directions; None leaves the model its own.
+        is_causal: False makes a decoder attend in both directions, within the model's sliding windows; None leaves the
+            model its own direction.
+        bidirectional: True lets every token see every token of its text: neither the model's causal mask nor its
+            sliding windows count, in this forward and its backward alone.
         inputs: other arguments of the model; tensors ``[T]`` get the batch dimension 1. ``token_type_ids`` are 0
             unless given, where the model has a table for them.
 
@@ -162,7 +166,8 @@ def packed_forward(
 
     Raises:
         ValueError: the model is not plugged, cannot be told positions, mixes tokens outside attention (state-space
-            and convolution layers), or has no last hidden state.
+            and convolution layers), or has no last hidden state; ``bidirectional`` with ``is_causal``, or with a layer
+            that does not hear of it.
     """
     plug = getattr(model, _PLUG, None)
     if plug is None:
@@ -174,6 +179,8 @@ def packed_forward(
         )
     if plug.unpackable is not None:
         raise ValueError(f"packed_forward: {_name(model)} {plug.unpackable}")
+    if bidirectional and is_causal is not None:
+        raise ValueError(f"packed_forward: is_causal must be None where bidirectional is True, got {is_causal}")
     arguments = {
         name: value[None] if isinstance(value, Tensor) and value.shape == input_ids.shape else value
         for name, value in inputs.items()
@@ -188,6 +195,8 @@ def packed_forward(
         arguments["use_cache"] = False
     if is_causal is not None:
         arguments["is_causal"] = is_causal
+    if bidirectional:
+        arguments[BIDIRECTIONAL] = True
     output = model(
         input_ids=input_ids[None],
         cu_seq_lens_q=cu_seqlens,
@@ -345,16 +354,17 @@ def _bias_table(layer: Any, *sizes: Any, **options: Any) -> Tensor:
 def _open_forward(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
     if kwargs.get("output_attentions") or getattr(model.config, "output_attentions", False):
         raise ValueError(f"plug_attention: {_name(model)} has no attention weights to return; unset output_attentions")
-    plug, packed = getattr(model, _PLUG), kwargs.get("cu_seq_lens_q") is not None
+    plug = getattr(model, _PLUG)
+    keywords = tuple(name for name in ("cu_seq_lens_q", BIDIRECTIONAL) if kwargs.get(name) is not None)
     tracing = torch.compiler.is_compiling()
-    plug.traces_packed = tracing and packed
+    plug.traced_keywords = keywords if tracing else ()
     if not tracing:
-        _forwards()[id(plug)] = _Forward(set(), packed)
+        _forwards()[id(plug)] = _Forward(set(), keywords)
 
 
 def _close_forward(model: Any, args: Any, output: Any) -> None:
     plug = getattr(model, _PLUG)
-    plug.traces_packed = False
+    plug.traced_keywords = ()
     if torch.compiler.is_compiling() or id(plug) not in _forwards():
         return
     came = _forwards().pop(id(plug)).came
@@ -374,16 +384,21 @@ def _forwards() -> dict[int, _Forward]:
     return _running.forwards
 
 
-def _note(layer: nn.Module, packed: bool) -> None:
+def _note(layer: nn.Module, extras: dict[str, Any]) -> None:
     name, plug = getattr(layer, _LAYER, ("", None))
-    expected = plug is not None and plug.traces_packed
+    expected = () if plug is None else plug.traced_keywords
     # none while tracing, where a layer runs by itself, or again for checkpointing
     if not torch.compiler.is_compiling() and id(plug) in _forwards():
         forward = _forwards()[id(plug)]
         forward.came.add(name)
-        expected = forward.packed
-    if expected and not packed:
+        expected = forward.keywords
+    if "cu_seq_lens_q" in expected and extras.get("cu_seq_lens_q") is None:
         cannot(layer, "was not handed its model's cu_seq_lens_q", "run it padded")
+    if BIDIRECTIONAL in expected and not extras.get(BIDIRECTIONAL):
+        raise ValueError(
+            f"packed_forward: bidirectional must be False for a model with {_name(layer)}, which is not handed the "
+            "keywords of its model's forward and would keep its own direction, got True"
+        )
 
 
 # ---- the attention function ----
@@ -404,7 +419,7 @@ def attention(
     **extras: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: ``[B, H, S, D]`` in, ``[B, S, H, D]`` and no weights out."""
-    _note(module, extras.get("cu_seq_lens_q") is not None)
+    _note(module, extras)
     table = _check_extras(module, attention_mask, dropout, position_bias, extras)
     rows, visible = rows_and_visible(module, query, key, attention_mask, is_causal, sliding_window, extras)
     if query.dtype != value.dtype:

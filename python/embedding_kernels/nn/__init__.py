@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from .latent_attention import FoldedLatentAttentionPooling, LatentAttentionPooling
 from .relative_bias import T5RelativeBias, t5_relative_buckets
 from .rotary import RotaryEmbedding
 
-__all__ = ["RotaryEmbedding", "T5RelativeBias", "t5_relative_buckets"]
+__all__ = [
+    "FoldedLatentAttentionPooling",
+    "LatentAttentionPooling",
+    "RotaryEmbedding",
+    "T5RelativeBias",
+    "t5_relative_buckets",
+]

@@ -8,11 +8,20 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .bert import BertBackbone, supports
+from . import bert, decoder
+from .bert import BertBackbone
+from .decoder import DecoderBackbone
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["Backbone", "BertBackbone", "PluggedBackbone", "packed_backbone"]
+__all__ = [
+    "Backbone",
+    "BertBackbone",
+    "DecoderBackbone",
+    "PluggedBackbone",
+    "packed_backbone",
+    "padding_only_mask",
+]
 
 
 class Backbone(Protocol):
@@ -46,6 +55,8 @@ class PluggedBackbone:
 
     Args:
         model: a transformers model; the plug changes its attention implementation for good.
+        bidirectional: True lets every token see every token of its text, without sliding windows; else the model
+            keeps its own direction and windows.
 
     Raises:
         ValueError, NotImplementedError, RuntimeError: the plug refuses the model, now or in a first forward of three
@@ -55,10 +66,11 @@ class PluggedBackbone:
     road = "transformers' own blocks, packed, with our attention"
     trims = False
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, bidirectional: bool | None = None) -> None:
         from ...integrations.transformers import plug_attention, unplug_attention
 
         self.model = plug_attention(model)
+        self.bidirectional = bool(bidirectional)
         try:
             self._try()
         except Exception:
@@ -80,7 +92,15 @@ class PluggedBackbone:
         if last_rows is not None:
             raise ValueError("PluggedBackbone: last_rows must be None, got a pair of tensors")
         inputs: dict[str, Any] = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-        return packed_forward(self.model, input_ids, cu_seqlens, max_seqlen, position_ids=position_ids, **inputs)
+        return packed_forward(
+            self.model,
+            input_ids,
+            cu_seqlens,
+            max_seqlen,
+            position_ids=position_ids,
+            bidirectional=self.bidirectional,
+            **inputs,
+        )
 
     def forget(self) -> None:
         """Nothing is derived."""
@@ -92,15 +112,43 @@ class PluggedBackbone:
             self(ids, torch.tensor([0, 1, 3], dtype=torch.int32, device=ids.device), 2)
 
 
-def packed_backbone(model: nn.Module) -> Backbone | None:
+def packed_backbone(model: nn.Module, bidirectional: bool | None = None) -> Backbone | None:
     """The fastest packed forward of ``model``: our own blocks, else the plug, else None (transformers, padded).
 
     The choice is by exact class, config and parts; the weights stay the model's in all cases.
+
+    Args:
+        model: a transformers model in evaluation mode.
+        bidirectional: True lets every token see every token of its text, whatever direction and sliding windows the
+            model has; else it keeps its own. Where None is returned, `padding_only_mask` does the same for padded
+            batches.
     """
-    if supports(model):
+    if bert.supports(model):  # these see everything by themselves
         return BertBackbone(model)
+    if decoder.supports(model):
+        return DecoderBackbone(model, bool(bidirectional))
     try:
-        return PluggedBackbone(model)
+        return PluggedBackbone(model, bidirectional)
     except (ValueError, NotImplementedError, RuntimeError) as refusal:
         logger.info("%s runs padded on transformers' own forward: %s", type(model).__name__, refusal)
         return None
+
+
+def padding_only_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The ``attention_mask`` with which every token of a transformers model sees every token of its text.
+
+    transformers hands a mask of four dimensions to each layer as it is, whatever mask the layer would get else, so
+    neither the model's causal mask nor its sliding windows count. For eager and sdpa attention.
+
+    Args:
+        mask: bool ``[B, S]``, False at padding.
+        dtype: that of the model.
+
+    Returns:
+        ``[B, 1, S, S]``, 0 or the least finite value of ``dtype``, so that a text of padding alone gives no NaN; a
+        view of ``[B, 1, 1, S]``.
+    """
+    batch, length = mask.shape
+    added = torch.zeros(batch, 1, 1, length, dtype=dtype, device=mask.device)
+    added.masked_fill_(~mask.bool()[:, None, None], torch.finfo(dtype).min)
+    return added.expand(batch, 1, length, length)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ...nn.linear import FusedLinear
 from ...ops.attention import varlen_attention
-from .linear import FUSED_ACTIVATIONS, FusedLinear
 
 _BERT = "transformers.models.bert.modeling_bert.BertModel"
 # the same encoder; their positions start after the padding token's row, and skip padding tokens
@@ -21,6 +21,7 @@ _ROBERTA_LIKE = (
     "transformers.models.xlm_roberta.modeling_xlm_roberta.XLMRobertaModel",
     "transformers.models.camembert.modeling_camembert.CamembertModel",
 )
+_ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -167,7 +168,7 @@ def supports(model: nn.Module) -> bool:
     config: Any = model.config
     head_dim, rest = divmod(config.hidden_size, config.num_attention_heads)
     return (
-        config.hidden_act in FUSED_ACTIVATIONS
+        config.hidden_act in _ACTIVATIONS
         and not config.is_decoder
         and not config.add_cross_attention
         and getattr(config, "position_embedding_type", None) in (None, "absolute")

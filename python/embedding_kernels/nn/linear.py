@@ -17,6 +17,7 @@ FUSED_ACTIVATIONS = {
     "gelu_new": ("gelu", "tanh"),
     "gelu_pytorch_tanh": ("gelu", "tanh"),
     "relu": ("relu", ""),
+    "silu": ("swish", ""),
 }
 
 
@@ -38,7 +39,7 @@ class FusedLinear:
     the weights in oneDNN's blocked layout, several modules as one matrix and the activation inside it: the one copy
     of parameters that is ever made, of the size of the weights. It is made again when a parameter was replaced,
     moved, cast or changed in place; a change through ``parameter.data`` bypasses torch's version counters, and wants
-    `forget`. Everywhere else the modules themselves run.
+    `forget`. Everywhere else, and with ``prepack=False``, which makes no copy, the modules themselves run.
 
     oneDNN's fused residual ("binary") is not used: it builds its primitive anew at every call, 1 to 3 ms each.
     """
@@ -48,7 +49,10 @@ class FusedLinear:
         modules: Sequence[nn.Linear],
         activation: str | None = None,
         activation_module: Callable[[Tensor], Tensor] | None = None,
+        *,
+        prepack: bool = True,
     ) -> None:
+        self._prepack = prepack
         self._modules = tuple(modules)
         self._sizes = [module.out_features for module in modules]
         self._attribute, self._algorithm = FUSED_ACTIVATIONS[activation] if activation else ("none", "")
@@ -84,6 +88,8 @@ class FusedLinear:
 
     def _up_to_date(self, x: Tensor) -> _Packed | None:
         """The prepacked weights, made now if need be; None where the modules shall run."""
+        if not self._prepack:
+            return None
         if not _may_prepack(x):
             if not x.is_cpu:
                 self.forget()
