@@ -1,7 +1,9 @@
-"""The command line: ``embedding-kernels demo``, ``embedding-kernels doctor``."""
+"""The command line: ``embedding-kernels demo``, ``embedding-kernels foldoc``, ``embedding-kernels doctor``."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -42,23 +44,63 @@ def demo(
     limit: Annotated[int | None, typer.Option(help="Only the first N verses, and fewer queries.")] = None,
     output: Annotated[Path, typer.Option(help="Where the picture and the numbers go.")] = Path("demo-results"),
     cache: Annotated[
-        Path | None, typer.Option(help="Where encoded verses are kept [default: the user's cache directory].")
+        Path | None, typer.Option(help="Where encoded verses are kept (default: the user's cache directory).")
     ] = None,
     model: Annotated[
-        Path | None, typer.Option(help="Another model directory of at least 384 dimensions [default: MiniLM].")
+        Path | None, typer.Option(help="Another model directory of at least 384 dimensions (default: MiniLM).")
     ] = None,
     seed: Annotated[int, typer.Option(help="Draws the queries and the timed sample.")] = 0,
 ) -> None:
     """Search 31,102 Bible verses as floats and as bits, beside sentence-transformers and FAISS."""
+    with _one_line_errors():
+        from .demo import DemoOptions, run
+
+        report = run(DemoOptions(limit, output, cache, model, seed), Console())
+    if not all(report["faiss"]["same_ids"].values()):
+        raise typer.Exit(1)
+
+
+@app.command()
+def foldoc(
+    queries: Annotated[
+        list[str] | None, typer.Argument(help="What to look for (default: asks, line by line).", show_default=False)
+    ] = None,
+    dictionary: Annotated[
+        Path | None, typer.Option(help="The .index of another dictionary of the dictd format (default: FOLDOC).")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Only N entries, taken evenly from all.")] = None,
+    top: Annotated[int, typer.Option(help="Entries to print for each query.")] = 5,
+    measure: Annotated[
+        int | None, typer.Option(help="Instead: how many of N entries' titles, as queries, find their entry.")
+    ] = None,
+    pooling: Annotated[
+        str, typer.Option(help="lasttoken, of a sentence that asks for one word, or mean, of the entry's tokens.")
+    ] = "lasttoken",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto: bfloat16 where it is fast.")] = "auto",
+    max_seq_length: Annotated[int, typer.Option(help="Tokens that are read of an entry.")] = 128,
+    cache: Annotated[
+        Path | None, typer.Option(help="Where the model and the index are kept (default: the user's cache directory).")
+    ] = None,
+    model: Annotated[Path | None, typer.Option(help="Another model directory (default: SmolLM2-135M).")] = None,
+) -> None:
+    """Search a dictionary of computing by meaning, with SmolLM2-135M."""
+    with _one_line_errors():
+        from .demo_foldoc import FoldocOptions, run
+
+        asked = tuple(queries or ())
+        options = FoldocOptions(asked, dictionary, limit, top, measure, pooling, dtype, max_seq_length, cache, model)
+        run(options, Console())
+
+
+@contextlib.contextmanager
+def _one_line_errors() -> Iterator[None]:
     from .demo_data import MissingDemoPackageError
 
     try:
         from transformers.utils.logging import disable_progress_bar
 
-        from .demo import DemoOptions, run
-
         disable_progress_bar()  # "Loading weights": 100 steps of a bar for half a second's work
-        report = run(DemoOptions(limit, output, cache, model, seed), Console())
+        yield
     except (MissingDemoPackageError, ValueError, OSError) as error:
         _fail(str(error))
     except ModuleNotFoundError as error:
@@ -66,8 +108,6 @@ def demo(
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted")
         raise typer.Exit(130) from None
-    if not all(report["faiss"]["same_ids"].values()):
-        raise typer.Exit(1)
 
 
 def _fail(message: str) -> NoReturn:

@@ -32,6 +32,7 @@ from .demo_data import (
     EncodedTexts,
     MissingDemoPackageError,
     VectorCache,
+    default_cache,
     minilm_directory,
     package_directory,
     read_bible,
@@ -147,11 +148,6 @@ def _read_task(options: DemoOptions) -> _Task:
         [king_james.verses[verse_id] for verse_id in query_ids],
         np.array([place[verse_id] for verse_id in query_ids]),
     )
-
-
-def default_cache() -> Path:
-    """The user's cache directory: ``$XDG_CACHE_HOME/embedding-kernels`` or ``~/.cache/embedding-kernels``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "embedding-kernels"
 
 
 def _encode_corpus(

