@@ -5,18 +5,33 @@
 
 from __future__ import annotations
 
-from . import attention, embedder, hamming, hamming_large, norm, paragraph_vector, pooling
+from . import (
+    attention,
+    embedder,
+    hamming,
+    hamming_large,
+    latent_attention,
+    latent_attention_head,
+    norm,
+    paragraph_vector,
+    pooling,
+)
 from .harness import Case
 
 OPERATORS: dict[str, dict[str, list[Case]]] = {
     "attention": attention.BENCHMARKS,
     "hamming": hamming.BENCHMARKS,
+    "latent_attention": latent_attention.BENCHMARKS,
     "norm": norm.BENCHMARKS,
     "paragraph_vector": paragraph_vector.BENCHMARKS,
     "pooling": pooling.BENCHMARKS,
 }
 BENCHMARKS: dict[str, list[Case]] = {op: cases for family in OPERATORS.values() for op, cases in family.items()}
-#: and whole embedders, which are no operator
-DEFAULT: dict[str, dict[str, list[Case]]] = {**OPERATORS, "embedder": embedder.BENCHMARKS}
+#: and a whole head and whole embedders, which are no operators
+DEFAULT: dict[str, dict[str, list[Case]]] = {
+    **OPERATORS,
+    "latent_attention_head": latent_attention_head.BENCHMARKS,
+    "embedder": embedder.BENCHMARKS,
+}
 #: and what takes too long for every run
 FAMILIES: dict[str, dict[str, list[Case]]] = {**DEFAULT, "hamming_large": hamming_large.BENCHMARKS}

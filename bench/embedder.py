@@ -1,22 +1,29 @@
-"""Whole embedders: `Embedder.encode` of all-MiniLM-L6-v2 on definitions of WordNet, against sentence-transformers."""
+"""Whole embedders: `Embedder.encode` on definitions of WordNet, against sentence-transformers.
+
+all-MiniLM-L6-v2, an encoder, and where it is installed SmolLM2-135M, a decoder, with the mean of its hidden states.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
 from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from embedding_kernels.demo_data import minilm_directory, read_bible
+from embedding_kernels.demo_data import SMOLLM2_PACKAGE, minilm_directory, read_bible, smollm2_directory
 
 from . import ceilings
 from .harness import OURS, Case, Contender, Room, Work
 
 _WORDNET = Path("/usr/share/wordnet")
+_MINILM, _SMOLLM2 = "all-MiniLM-L6-v2", "SmolLM2-135M"
+_SMOLLM2_TOKENS = 512  # it has no limit of its own that matters here
+_HAS_SMOLLM2 = find_spec(SMOLLM2_PACKAGE) is not None
 _COPIES = 4  # every call encodes other texts
 _PEERS = {f"sentence-transformers, batch {size}": size for size in (32, 128)}
 # ONNX Runtime wants an exported model: torch exports one only with the onnx and onnxscript packages
@@ -47,22 +54,34 @@ def _over(encode: Callable[[list[str]], Any], texts: list[str], count: int) -> C
 
 
 @cache
-def _embedder(dtype: torch.dtype, device: torch.device) -> Any:
+def _embedder(model: str, dtype: torch.dtype, device: torch.device) -> Any:
     from embedding_kernels.models import Embedder
 
-    return Embedder.from_pretrained(minilm_directory(), device=device, dtype=dtype)
+    if model == _MINILM:
+        return Embedder.from_pretrained(minilm_directory(), device=device, dtype=dtype)
+    return Embedder.from_pretrained(
+        smollm2_directory(), device=device, dtype=dtype, pooling="mean", normalize=True, max_seq_length=_SMOLLM2_TOKENS
+    )
 
 
 @cache
-def _sentence_transformer(dtype: torch.dtype, device: torch.device) -> Any:
+def _sentence_transformer(model: str, dtype: torch.dtype, device: torch.device) -> Any:
     from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
-    return SentenceTransformer(str(minilm_directory()), device=str(device), model_kwargs={"dtype": dtype})
+    options: dict[str, Any] = {"model_kwargs": {"dtype": dtype}}
+    if model == _MINILM:
+        return SentenceTransformer(str(minilm_directory()), device=str(device), **options)
+    transformer = Transformer(str(smollm2_directory()), max_seq_length=_SMOLLM2_TOKENS, **options)
+    # which would wrap each text in a conversation
+    transformer.processor.chat_template = None
+    width = transformer.get_embedding_dimension()
+    return SentenceTransformer(modules=[transformer, Pooling(width, "mean"), Normalize()], device=str(device))
 
 
-def _build(count: int, joined: int, dtype: torch.dtype, room: Room) -> list[Contender]:
+def _build(model: str, count: int, joined: int, dtype: torch.dtype, room: Room) -> list[Contender]:
     texts = _texts(count * _COPIES, joined)
-    exact = _sentence_transformer(torch.float32, room.device).encode(texts[:count], show_progress_bar=False)
+    exact = _sentence_transformer(model, torch.float32, room.device).encode(texts[:count], show_progress_bar=False)
 
     def verify(answer: np.ndarray) -> None:
         assert answer.shape == exact.shape, f"shape {answer.shape}, expected {exact.shape}"
@@ -73,9 +92,9 @@ def _build(count: int, joined: int, dtype: torch.dtype, room: Room) -> list[Cont
             nearest = float((answer * exact).sum(1).min())
             assert nearest >= 1 - 4 * torch.finfo(dtype).eps, f"a vector has cosine {nearest:.5f} with that of float32"
 
-    ours = _embedder(dtype, room.device)
+    ours = _embedder(model, dtype, room.device)
     work = _work(ours, texts[:count], dtype)
-    theirs = _sentence_transformer(dtype, room.device)
+    theirs = _sentence_transformer(model, dtype, room.device)
     contenders = [
         Contender(
             OURS, _over(partial(ours.encode, show_progress_bar=False), texts, count), verify, role="ours", work=work
@@ -90,24 +109,28 @@ def _build(count: int, joined: int, dtype: torch.dtype, room: Room) -> list[Cont
 def _work(embedder: Any, texts: list[str], dtype: torch.dtype) -> Work:
     """A multiplication and an addition for each token and weight of the layers; attention, little here, aside."""
     tokens = sum(len(ids) for ids in embedder.tokenizer(texts, truncation=True)["input_ids"])
-    weights = sum(parameter.numel() for parameter in embedder.model.encoder.parameters())
+    weights = sum(parameter.numel() for parameter in _layers(embedder.model).parameters())
     return Work(weights * dtype.itemsize, 2 * tokens * weights, _unit(dtype))
+
+
+def _layers(model: Any) -> Any:
+    return model.encoder if hasattr(model, "encoder") else model.layers
 
 
 def _unit(dtype: torch.dtype) -> str:
     return f"{str(dtype).removeprefix('torch.')} operations"
 
 
-def _case(title: str, count: int, joined: int, dtype: torch.dtype, quick: bool = False) -> Case:
+def _case(title: str, count: int, joined: int, dtype: torch.dtype, quick: bool = False, model: str = _MINILM) -> Case:
     kind = str(dtype).removeprefix("torch.")
     return Case(
         "embedder",
-        f"all-MiniLM-L6-v2, {count} {title} {kind}",
-        {"texts": count, "definitions_joined": f"1 to {2 * joined - 1}", "dtype": kind, "model": "all-MiniLM-L6-v2"},
+        f"{model}, {count} {title} {kind}",
+        {"texts": count, "definitions_joined": f"1 to {2 * joined - 1}", "dtype": kind, "model": model},
         (*_PEERS, *([_ONNX] if dtype == torch.float32 else [])),
-        partial(_build, count, joined, dtype),
+        partial(_build, model, count, joined, dtype),
         Work(0, 0, _unit(dtype)),
-        dict.fromkeys(_PEERS, 1.6) | {_ONNX: 1.3},
+        dict.fromkeys(_PEERS, 1.6 if model == _MINILM else 1.5) | {_ONNX: 1.3},
         quick=quick,
     )
 
@@ -120,5 +143,6 @@ BENCHMARKS: dict[str, list[Case]] = {
         _case("definitions", 128, 1, _BF16),
         _case("joined definitions", 48, 6, _F32),
         _case("joined definitions", 48, 6, _BF16),
+        *([_case("joined definitions", 48, 6, dtype, model=_SMOLLM2) for dtype in (_F32, _BF16)] * _HAS_SMOLLM2),
     ]
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -90,7 +90,7 @@ class TextTokenizer:
         probe = tokenizer(["a"], return_attention_mask=False)
         if any(chain.from_iterable(probe.get("token_type_ids") or [])):
             self._columns.append("token_type_ids")
-        self._prompt_tokens: dict[str, int] = {}
+        self._prompts: dict[str, list[int]] = {}
 
     def __call__(self, texts: list[str]) -> TokenizedTexts:
         """Tokenise, cut at ``max_seq_length``."""
@@ -112,15 +112,36 @@ class TextTokenizer:
         }
         return TokenizedTexts(columns, lengths, pad_values)
 
-    def prompt_tokens(self, prompt: str) -> int:
-        """Tokens at the start of each text that belong to ``prompt`` and its leading special tokens."""
-        if prompt not in self._prompt_tokens:
-            ids = self.tokenizer(prompt, truncation=self.max_seq_length is not None, max_length=self.max_seq_length)[
-                "input_ids"
-            ]
-            trailing = bool(ids) and ids[-1] in self.tokenizer.all_special_ids
-            self._prompt_tokens[prompt] = len(ids) - trailing
-        return self._prompt_tokens[prompt]
+    def prompt_tokens(self, prompt: str, how: str, batch: Batch) -> np.ndarray:
+        """Tokens at the start of each text of a batch that count as those of ``prompt``, int64 ``[b]``.
+
+        ``how`` is "alone": as many as the prompt has, tokenised by itself, with its leading special tokens
+        (sentence-transformers' rule); "without_bos": the same less the beginning-of-text token (NV-Embed's published
+        rule, one too few but where the prompt's last token merges into the text); or "shared": those that the text
+        begins with, of the prompt's own.
+        """
+        ids = self._prompt_ids(prompt)
+        if how != "shared":
+            leading = how == "without_bos" and ids[:1] == [self.tokenizer.bos_token_id]
+            return np.full(len(batch.lengths), len(ids) - leading, np.int64)
+        starts = np.concatenate(([0], np.cumsum(batch.lengths)))
+        flat, whole = batch.inputs["input_ids"].numpy(), np.asarray(ids, np.int64)
+        counts = [_shared_length(flat[start:end], whole) for start, end in pairwise(starts)]
+        return np.asarray(counts, np.int64)
+
+    def _prompt_ids(self, prompt: str) -> list[int]:
+        """Of the prompt alone, without a trailing special token."""
+        if prompt not in self._prompts:
+            cut = {"truncation": self.max_seq_length is not None, "max_length": self.max_seq_length}
+            ids = list(self.tokenizer(prompt, **cut)["input_ids"])
+            self._prompts[prompt] = ids[:-1] if ids and ids[-1] in self.tokenizer.all_special_ids else ids
+        return self._prompts[prompt]
+
+
+def _shared_length(text: np.ndarray, prompt: np.ndarray) -> int:
+    most = min(len(text), len(prompt))
+    differs = (text[:most] != prompt[:most]).nonzero()[0]
+    return int(differs[0]) if len(differs) else most
 
 
 def windows(total: int, size: int) -> Iterator[tuple[int, int]]:

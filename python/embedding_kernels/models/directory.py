@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from .heads import HEADS, Normalize
+from .heads import HEADS, Normalize, load_latent_attention
 
 #: sentence-transformers' name of a pooling mode -> the mode of `embedding_kernels.segment_pool`
 POOLING_MODES = {
@@ -21,6 +21,11 @@ POOLING_MODES = {
     "weightedmean": "weighted_mean",
     "lasttoken": "last",
 }
+#: the pooling that is a head with weights of its own, and the sentence-transformers module that holds it
+LATENT_ATTENTION = "latent_attention"
+_LATENT_ATTENTION_MODULE = "embedding_kernels.integrations.sentence_transformers.LatentAttentionPooling"
+#: model_type in the config.json of NV-Embed's layout
+NV_EMBED = "nvembed"
 # the old form of a pooling config: one boolean a mode; several are concatenated in this order
 _OLD_POOLING_KEYS = {
     "pooling_mode_cls_token": "cls",
@@ -58,6 +63,7 @@ class DirectorySpec:
     """What a model directory asks of an embedder: everything but the transformer's weights."""
 
     transformer: Path
+    #: sentence-transformers' names of modes, or "latent_attention" alone
     pooling: tuple[str, ...]
     include_prompt: bool = True
     heads: tuple[nn.Module, ...] = ()
@@ -67,6 +73,16 @@ class DirectorySpec:
     prompts: dict[str, str] = field(default_factory=dict)
     default_prompt_name: str | None = None
     truncate_dim: int | None = None
+    #: the pooling head that "latent_attention" stands for
+    latent_attention: nn.Module | None = None
+    #: whether the directory's layout is NV-Embed's, with decoder and head in one checkpoint
+    nv_embed: bool = False
+    # what no directory says, but a `Preset`:
+    bidirectional: bool | None = None
+    prompt_length: str = "alone"
+    instruction: str | None = None
+    append_eos: bool = False
+    matryoshka_dims: tuple[int, ...] = ()
 
 
 def read_directory(path: str | Path) -> DirectorySpec:
@@ -81,12 +97,20 @@ def read_directory(path: str | Path) -> DirectorySpec:
     """
     root = _resolve(path)
     modules_file = root / "modules.json"
-    if modules_file.is_file():
+    if _is_nv_embed(root):
+        # its modules.json names a plain mean, over a transformer that pools by itself
+        spec = DirectorySpec(root, (LATENT_ATTENTION,), nv_embed=True)
+    elif modules_file.is_file():
         spec = _read_modules(root, _read_json(modules_file))
     else:
         spec = DirectorySpec(root, _default_pooling(root))
     _check_files(spec.transformer)
     return _with_model_config(spec, root)
+
+
+def _is_nv_embed(root: Path) -> bool:
+    config = root / "config.json"
+    return config.is_file() and _read_json(config).get("model_type") == NV_EMBED
 
 
 def pooling_modes(pooling: str | Sequence[str], where: str) -> tuple[str, ...]:
@@ -144,7 +168,7 @@ def _default_pooling(root: Path) -> tuple[str, ...]:
 def _read_modules(root: Path, entries: list[dict[str, Any]]) -> DirectorySpec:
     """Follow modules.json: Transformer, Pooling, then any of the heads; a last Normalize becomes `normalize`."""
     names = [_module_name(root, entry) for entry in entries]
-    if names[:2] != ["Transformer", "Pooling"]:
+    if names[:1] != ["Transformer"] or names[1:2] not in (["Pooling"], [LATENT_ATTENTION]):
         raise ValueError(
             f"{root / 'modules.json'} must name a Transformer followed by a Pooling module, got {' -> '.join(names)}; "
             "use sentence-transformers for this model, or `embedding_kernels.segment_pool` on its token embeddings"
@@ -157,13 +181,19 @@ def _read_modules(root: Path, entries: list[dict[str, Any]]) -> DirectorySpec:
             config = path / "config.json"
             heads.append(head.load(path, _read_json(config) if config.is_file() else {}))
     normalize = bool(heads) and isinstance(heads[-1], Normalize)
-    pooling, include_prompt = _read_pooling(paths[1] / "config.json")
-    spec = DirectorySpec(paths[0], pooling, include_prompt, tuple(heads[:-1] if normalize else heads), normalize)
+    after: dict[str, Any] = {"heads": tuple(heads[:-1] if normalize else heads), "normalize": normalize}
+    if names[1] == LATENT_ATTENTION:
+        latent, include_prompt = load_latent_attention(paths[1])
+        spec = DirectorySpec(paths[0], (LATENT_ATTENTION,), include_prompt, latent_attention=latent, **after)
+    else:
+        spec = DirectorySpec(paths[0], *_read_pooling(paths[1] / "config.json"), **after)
     return _with_transformer_config(spec, paths[0])
 
 
 def _module_name(root: Path, entry: dict[str, Any]) -> str:
     full = str(entry.get("type", ""))
+    if full == _LATENT_ATTENTION_MODULE:
+        return LATENT_ATTENTION
     name = full.rsplit(".", 1)[-1]
     known = {"Transformer", "Pooling", *HEADS}
     if not full.startswith("sentence_transformers.") or name not in known:

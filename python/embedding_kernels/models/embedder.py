@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from .._progress import progress_bar
 from ..ops.pooling import pack_padded
-from .backbones import packed_backbone
+from .backbones import packed_backbone, padding_only_mask
 from .batching import Batch, TextTokenizer, windows
 from .directory import DirectorySpec, pooling_modes, read_directory
 from .loading import load_tokenizer, load_transformer
+from .nv_embed import load_nv_embed
 from .pooler import Pooler, Recipe
 from .precision import BIT_PRECISIONS, PRECISIONS, bits_to_precision, quantize
+from .presets import preset_named
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +63,7 @@ class Embedder:
         prompts: stored prompts by name.
         default_prompt_name: the prompt that `encode` uses when told none.
         truncate_dim: the dimensions that `encode` keeps when told none; None keeps all.
+        matryoshka_dims: widths that the model was trained to be truncated to; empty where that is not known.
         token_budget: most tokens in a batch.
     """
 
@@ -78,6 +81,7 @@ class Embedder:
         self.prompts = dict(spec.prompts)
         self.default_prompt_name = spec.default_prompt_name
         self.truncate_dim = spec.truncate_dim
+        self.matryoshka_dims = spec.matryoshka_dims
         self.token_budget = _default_token_budget(self.model) if token_budget is None else token_budget
         for name, value in (("token_budget", self.token_budget), ("max_seq_length", spec.max_seq_length)):
             if value is not None and value < 1:
@@ -85,7 +89,9 @@ class Embedder:
         self._spec = spec
         self._texts = TextTokenizer(tokenizer, spec.max_seq_length)
         self._pooler = Pooler(spec).to(self.device).eval()
-        self._backbone = packed_backbone(self.model) if packed else None
+        if self._pooler.latent_attention is not None:
+            self._pooler.latent_attention.to(self.dtype)
+        self._backbone = packed_backbone(self.model, spec.bidirectional) if packed else None
         # a stored default that does not fit is refused now, not at the first text
         self._resolve_prompt(None, None)
         self._resolve_dim(None)
@@ -95,9 +101,13 @@ class Embedder:
         cls,
         path: str | Path,
         *,
+        preset: str | None = None,
+        compat: bool = False,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
+        bidirectional: bool | None = None,
         pooling: str | Sequence[str] | None = None,
+        include_prompt: bool | None = None,
         normalize: bool | None = None,
         max_seq_length: int | None = None,
         prompts: Mapping[str, str] | None = None,
@@ -106,17 +116,27 @@ class Embedder:
         attn_implementation: str | None = None,
         token_budget: int | None = None,
     ) -> Embedder:
-        """Load a Hugging Face or sentence-transformers directory.
+        """Load a directory of Hugging Face's, sentence-transformers' or NV-Embed's layout.
 
-        What the directory stores may be replaced by the arguments of the same names. A directory that stores no
-        pooling gets the mean (the last token for a causal language model), as in sentence-transformers; its chat
-        template is not applied.
+        What the directory stores may be replaced by a preset, and that by the arguments of the same names. A directory
+        that stores no pooling gets the mean (the last token for a causal language model), as in sentence-transformers;
+        its chat template is not applied.
 
         Args:
             path: a local directory, or a repository of the Hugging Face Hub.
+            preset: a published embedder whose directory does not say how it is used: "nv-embed-v1" and "nv-embed-v2"
+                (known by their layout too), "kalm-v2", or "ullme" for any decoder (`presets.PRESETS`).
+            compat: count NV-Embed's instruction as its published code does: tokenised alone, without the
+                beginning-of-text token. Where its last token does not merge into the text, that leaves one too many
+                in the mean.
             device: by default the current CUDA device where there is one, else the CPU.
-            dtype: of the transformer; by default that of its weights. What follows it is float32.
+            dtype: of the transformer and a latent-attention head; by default that of its weights. What follows is
+                float32.
+            bidirectional: True lets every token of a decoder attend to all tokens of its text, in every layer; None
+                leaves causal masks and sliding windows as the model has them. A decoder that was not trained for it
+                gives poor vectors.
             pooling: cls, max, mean, mean_sqrt_len_tokens, weightedmean or lasttoken; several are concatenated.
+            include_prompt: whether the prompt's tokens are pooled.
             normalize: whether vectors have length 1.
             max_seq_length: tokens kept of a text, special tokens included.
             prompts: texts by name, put before the inputs.
@@ -131,7 +151,12 @@ class Embedder:
             ValueError: the directory asks for a module or an option that is not supported, which the message names.
         """
         spec = read_directory(path)
+        if spec.nv_embed or preset is not None:
+            spec = replace(spec, **preset_named(preset or "nv-embed-v2").changes())
         changes: dict[str, Any] = {
+            "prompt_length": "without_bos" if compat and spec.prompt_length == "shared" else None,
+            "bidirectional": bidirectional,
+            "include_prompt": include_prompt,
             "pooling": None if pooling is None else pooling_modes(pooling, "from_pretrained"),
             "normalize": normalize,
             "max_seq_length": max_seq_length,
@@ -141,7 +166,12 @@ class Embedder:
         }
         spec = replace(spec, **{name: value for name, value in changes.items() if value is not None})
         where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        model = load_transformer(spec.transformer, where, dtype, attn_implementation)
+        model: Any
+        if spec.nv_embed:
+            model, head = load_nv_embed(spec.transformer, where, dtype, attn_implementation)
+            spec = replace(spec, latent_attention=head)
+        else:
+            model = load_transformer(spec.transformer, where, dtype, attn_implementation)
         tokenizer, limit = load_tokenizer(spec.transformer, model.config, spec.do_lower_case)
         if spec.max_seq_length is None:
             spec = replace(spec, max_seq_length=limit)
@@ -241,13 +271,20 @@ class Embedder:
             return vectors.numpy()
         return vectors if convert_to_tensor or single else list(vectors)
 
-    def encode_query(self, inputs: str | Sequence[str], **options: Any) -> Any:
-        """`encode` with the stored prompt "query", where there is one and the options name no other."""
-        return self.encode(inputs, **self._with_prompt(options, "query"))
+    def encode_query(self, inputs: str | Sequence[str], *, task: str | None = None, **options: Any) -> Any:
+        """`encode` with a query's prompt, unless the options name another.
 
-    def encode_document(self, inputs: str | Sequence[str], **options: Any) -> Any:
-        """`encode` with the first stored prompt of "document", "passage" and "corpus", unless the options name one."""
-        return self.encode(inputs, **self._with_prompt(options, "document", "passage", "corpus"))
+        ``task`` describes the task to an instructed model ("Given a question, retrieve passages that answer the
+        question"), which fills its template; without it the stored prompt "query" is used, where there is one.
+        """
+        return self.encode(inputs, **self._with_prompt(options, task, "query"))
+
+    def encode_document(self, inputs: str | Sequence[str], *, task: str | None = None, **options: Any) -> Any:
+        """`encode` with the first stored prompt of "document", "passage" and "corpus", unless the options name one.
+
+        ``task`` is for symmetric tasks alone, whose two sides are instructed alike.
+        """
+        return self.encode(inputs, **self._with_prompt(options, task, "document", "passage", "corpus"))
 
     def to(self, device: str | torch.device) -> Embedder:
         """Move the model to a device; returns the embedder."""
@@ -261,8 +298,9 @@ class Embedder:
         spec = self._spec
         pooling = spec.pooling[0] if len(spec.pooling) == 1 else spec.pooling
         after = [type(head).__name__ for head in spec.heads] + ["Normalize"] * spec.normalize
+        direction = "bidirectional, " if spec.bidirectional else ""
         return (
-            f"Embedder({type(self.model).__name__}, pooling={pooling!r}, then=[{', '.join(after)}], "
+            f"Embedder({type(self.model).__name__}, {direction}pooling={pooling!r}, then=[{', '.join(after)}], "
             f"dimension={self.get_embedding_dimension()}, max_seq_length={self.max_seq_length}, device={self.device}, "
             f"dtype={str(self.dtype).removeprefix('torch.')}, road={self.road!r}, token_budget={self.token_budget})"
         )
@@ -271,10 +309,22 @@ class Embedder:
     def _hidden_size(self) -> int:
         return self.model.config.get_text_config().hidden_size
 
-    def _with_prompt(self, options: dict[str, Any], *names: str) -> dict[str, Any]:
+    def _with_prompt(self, options: dict[str, Any], task: str | None, *names: str) -> dict[str, Any]:
+        if task is not None:
+            return {**options, "prompt": self._instruction(task, options)}
         if options.get("prompt_name") is not None or options.get("prompt") is not None:
             return options
         return {**options, "prompt_name": next((name for name in names if name in self.prompts), None)}
+
+    def _instruction(self, task: str, options: dict[str, Any]) -> str:
+        if self._spec.instruction is None:
+            raise ValueError(
+                "encode: task must be None for a model without a template for instructions (give the whole text as "
+                f"prompt, or load with a preset), got {task!r}"
+            )
+        if options.get("prompt_name") is not None or options.get("prompt") is not None:
+            raise ValueError(f"encode: prompt and prompt_name must be None beside a task, got {options}")
+        return self._spec.instruction.replace("{task}", task)
 
     def _resolve_prompt(self, prompt: str | None, prompt_name: str | None) -> str:
         if prompt is not None:
@@ -307,14 +357,14 @@ class Embedder:
     ) -> Tensor:
         # allocated outside inference mode, so that the caller may use it under autograd
         out = torch.zeros(len(texts), recipe.width, dtype=recipe.dtype, device=self.device if on_device else "cpu")
-        skip = 0 if self._spec.include_prompt or not prompt else self._texts.prompt_tokens(prompt)
+        left_out = "" if self._spec.include_prompt else prompt
         with torch.inference_mode(), progress_bar("Encoding", len(texts), "text", show, logger) as bar:
             for start, end in windows(len(texts), _WINDOW):
                 # gathered on the model's device: one copy to the host a window, not one a batch
                 part = torch.zeros(end - start, recipe.width, dtype=recipe.dtype, device=self.device)
                 for batch in self._batches(texts[start:end], prompt, max_texts):
                     rows = batch.rows if isinstance(batch.rows, slice) else torch.from_numpy(batch.rows).to(self.device)
-                    part[rows] = self._vectors(batch, skip, recipe)
+                    part[rows] = self._vectors(batch, left_out, recipe)
                     bar.update(len(batch.lengths))
                 out[start:end] = part
         return out
@@ -333,19 +383,24 @@ class Embedder:
 
     def _batches(self, texts: list[str], prompt: str, max_texts: int | None) -> Iterator[Batch]:
         """Batches of the texts that hold any token."""
-        tokenized = self._texts([prompt + text for text in texts] if prompt else texts)
+        end = self.tokenizer.eos_token if self._spec.append_eos else ""
+        tokenized = self._texts([prompt + text + end for text in texts] if prompt or end else texts)
         cut = tokenized.batches_to_pad if self._backbone is None else tokenized.batches
         return (batch for batch in cut(self.token_budget, max_texts) if batch.longest)
 
-    def _vectors(self, batch: Batch, skip: int, recipe: Recipe) -> Tensor:
+    def _vectors(self, batch: Batch, left_out: str, recipe: Recipe) -> Tensor:
+        """``left_out`` is the prompt whose tokens are not pooled, or empty."""
+        if left_out:
+            skip = self._texts.prompt_tokens(left_out, self._spec.prompt_length, batch)
+            return self._pooler(self._token_embeddings(batch), batch.lengths, skip, recipe)
         rows = None
-        if self._backbone is not None and self._backbone.trims and not skip:
+        if self._backbone is not None and self._backbone.trims:
             rows = self._pooler.rows_needed(batch.lengths)
         if rows is None:
-            return self._pooler(self._token_embeddings(batch), batch.lengths, skip, recipe)
+            return self._pooler(self._token_embeddings(batch), batch.lengths, None, recipe)
         held = (batch.lengths > 0).astype(np.int64)
         last_rows = torch.from_numpy(rows).to(self.device), _offsets(held, self.device)
-        return self._pooler(self._token_embeddings(batch, last_rows), held, 0, recipe)
+        return self._pooler(self._token_embeddings(batch, last_rows), held, None, recipe)
 
     def _token_embeddings(self, batch: Batch, last_rows: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Last hidden states of the batch, packed: ``[T, H]``, or of ``last_rows`` alone."""
@@ -353,7 +408,8 @@ class Embedder:
             padded, mask = batch.padded()
             inputs = {name: tensor.to(self.device) for name, tensor in padded.items()}
             mask = mask.to(self.device)
-            hidden = self.model(**inputs, attention_mask=mask.long(), return_dict=True).last_hidden_state
+            seen = padding_only_mask(mask, self.dtype) if self._spec.bidirectional else mask.long()
+            hidden = self.model(**inputs, attention_mask=seen, return_dict=True).last_hidden_state
             return pack_padded(hidden, mask, int(batch.lengths.sum()))
         inputs = {name: tensor.to(self.device) for name, tensor in batch.inputs.items()}
         ids, cu_seqlens = inputs.pop("input_ids"), _offsets(batch.lengths, self.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -83,6 +84,23 @@ class LayerNorm(nn.Module):
 HEADS: dict[str, type[Head] | None] = {"Dense": Dense, "LayerNorm": LayerNorm, "Normalize": Normalize, "Dropout": None}
 
 
+def load_latent_attention(path: Path) -> tuple[nn.Module, bool]:
+    """What a latent-attention module of sentence-transformers saved: its head, folded, and its include_prompt."""
+    from ..nn.latent_attention import LatentAttentionPooling
+
+    file = path / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing: modules.json asks for a latent-attention module")
+    config = json.loads(file.read_text(encoding="utf-8"))
+    include_prompt = bool(config.pop("include_prompt", True))
+    try:
+        with torch.device("meta"):  # its random values would take longer than the file
+            head = LatentAttentionPooling(**config)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{file} does not describe a latent-attention module: {error}") from error
+    return _load_weights(head, path).fold().eval(), include_prompt
+
+
 def _check_sentence_level(path: Path, config: dict[str, Any]) -> None:
     for key in ("module_input_name", "module_output_name"):
         name = config.get(key) or "sentence_embedding"
@@ -104,9 +122,9 @@ def _load_weights(module: _Module, path: Path) -> _Module:
     file = path / "model.safetensors"
     if not file.is_file():
         raise FileNotFoundError(f"{path} holds no weights: expected model.safetensors")
-    weights = {name: weight.to(torch.float32) for name, weight in load_file(file).items()}
+    weights = {name: weight.to(torch.float32, copy=True) for name, weight in load_file(file).items()}
     try:
-        module.load_state_dict(weights)
+        module.load_state_dict(weights, assign=True)
     except RuntimeError as error:
         raise ValueError(f"{file} does not fit its config.json: {' '.join(str(error).split())}") from error
     return module

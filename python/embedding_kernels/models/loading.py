@@ -44,8 +44,15 @@ def load_transformer(
         config.use_cache = False
     options: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
     try:
+        # shapes are judged below, where they can be named
         model, info = loader.from_pretrained(
-            path, config=config, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **options
+            path,
+            config=config,
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
         )
     except Exception as error:
         raise ValueError(f"{path} cannot be loaded by transformers: {_first_line(error)}") from error
@@ -54,6 +61,8 @@ def load_transformer(
     if missing:
         names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise ValueError(f"{path}: the weights must hold every parameter of the model, got none for {names}")
+    for name, found, wanted in sorted(info["mismatched_keys"]):
+        raise ValueError(f"{path}: {name} must be {list(wanted)} by config.json, got {list(found)}")
     return model.eval().to(device)
 
 
@@ -66,7 +75,8 @@ def load_tokenizer(path: Path, config: Any, do_lower_case: bool) -> tuple[Any, i
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        # given, so that a config.json of another library's class is not run
+        tokenizer = AutoTokenizer.from_pretrained(path, config=config)
     except Exception as error:
         raise ValueError(f"{path}: its tokenizer cannot be loaded by transformers: {_first_line(error)}") from error
     if do_lower_case:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..ops.hamming import pack_bits
 from ..ops.pooling import segment_pool, segment_pool_pack_bits
-from .directory import POOLING_MODES, DirectorySpec
+from .directory import LATENT_ATTENTION, POOLING_MODES, DirectorySpec
 from .heads import Dense
 
 
@@ -38,12 +38,16 @@ class Pooler(nn.Module):
 
     def __init__(self, spec: DirectorySpec) -> None:
         super().__init__()
-        self.modes = tuple(POOLING_MODES[mode] for mode in spec.pooling)
+        latent = spec.pooling == (LATENT_ATTENTION,)
+        if latent and spec.latent_attention is None:
+            raise ValueError("Embedder: pooling must be one whose weights the directory holds, got 'latent_attention'")
+        self.latent_attention = spec.latent_attention if latent else None
+        self.modes = () if latent else tuple(POOLING_MODES[mode] for mode in spec.pooling)
         self.heads = nn.Sequential(*spec.heads)
 
     def dimension(self, hidden_size: int) -> int:
         """Dimensions of a vector before truncation."""
-        dim = hidden_size * len(self.modes)
+        dim = hidden_size if self.latent_attention is not None else hidden_size * len(self.modes)
         for head in self.heads:
             dim = head.out_features if isinstance(head, Dense) else dim
         return dim
@@ -59,34 +63,41 @@ class Pooler(nn.Module):
         rows = ends - 1 if self.modes == ("last",) else ends - lengths
         return rows[lengths > 0]
 
-    def forward(self, hidden: Tensor, lengths: np.ndarray, skip: int, recipe: Recipe) -> Tensor:
-        """Pool ``hidden [T, H]``, texts of ``lengths [S]`` less the first ``skip`` tokens of each.
+    def forward(self, hidden: Tensor, lengths: np.ndarray, skip: np.ndarray | None, recipe: Recipe) -> Tensor:
+        """Pool ``hidden [T, H]``, texts of ``lengths [S]`` less the first ``skip [S]`` tokens of each.
 
         Returns ``[S, recipe.width]``; a text without tokens gives zeros.
         """
         has_tokens = lengths > 0
-        if skip:
-            kept = np.concatenate([np.arange(length) for length in lengths]) >= skip
-            hidden = hidden[torch.from_numpy(kept.nonzero()[0]).to(hidden.device)]
+        if skip is not None:
+            places = np.concatenate([np.arange(length) for length in lengths])
+            kept = torch.from_numpy((places >= np.repeat(skip, lengths)).nonzero()[0])
+            hidden = hidden[kept.to(hidden.device)]
             lengths = np.maximum(lengths - skip, 0)
         cu_seqlens = torch.from_numpy(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)).to(hidden.device)
         if len(self.modes) == 1 and not len(self.heads):
             return self._pool_at_once(hidden, cu_seqlens, lengths, skip, recipe)
-        pooled = [
-            segment_pool(
-                hidden, cu_seqlens, mode, weights=_weights(mode, lengths, skip, hidden.device), out_dtype=torch.float32
-            )
-            for mode in self.modes
-        ]
-        vectors = self.heads(torch.cat(pooled, dim=1))[:, : recipe.dim]
+        vectors = self.heads(self._pooled(hidden, cu_seqlens, lengths, skip))[:, : recipe.dim]
         if not has_tokens.all():  # a head's bias is no vector of a text
             vectors = vectors * torch.from_numpy(has_tokens).to(vectors.device)[:, None]
         if recipe.bits:
             return pack_bits(vectors)
         return nn.functional.normalize(vectors, dim=-1) if recipe.normalize else vectors
 
+    def _pooled(self, hidden: Tensor, cu_seqlens: Tensor, lengths: np.ndarray, skip: np.ndarray | None) -> Tensor:
+        """What the modes give, side by side, float32; or the latent-attention head, which ends in its own mean."""
+        if self.latent_attention is not None:
+            return self.latent_attention(hidden, cu_seqlens, normalize=False)
+        pooled = [
+            segment_pool(
+                hidden, cu_seqlens, mode, weights=_weights(mode, lengths, skip, hidden.device), out_dtype=torch.float32
+            )
+            for mode in self.modes
+        ]
+        return torch.cat(pooled, dim=1)
+
     def _pool_at_once(
-        self, tokens: Tensor, cu_seqlens: Tensor, lengths: np.ndarray, skip: int, recipe: Recipe
+        self, tokens: Tensor, cu_seqlens: Tensor, lengths: np.ndarray, skip: np.ndarray | None, recipe: Recipe
     ) -> Tensor:
         mode = self.modes[0]
         weights = _weights(mode, lengths, skip, tokens.device)
@@ -103,9 +114,9 @@ class Pooler(nn.Module):
         )
 
 
-def _weights(mode: str, lengths: np.ndarray, skip: int, device: torch.device) -> Tensor | None:
-    if mode != "weighted_mean" or skip == 0:
+def _weights(mode: str, lengths: np.ndarray, skip: np.ndarray | None, device: torch.device) -> Tensor | None:
+    if mode != "weighted_mean" or skip is None:
         return None
     # tokens keep the weight of their place in the whole text when the prompt before them is left out
-    places = np.concatenate([np.arange(skip + 1, skip + 1 + length) for length in lengths])
+    places = np.concatenate([np.arange(first, first + length) for first, length in zip(skip + 1, lengths, strict=True)])
     return torch.from_numpy(places.astype(np.float32)).to(device)
