@@ -130,8 +130,8 @@ class Embedder:
                 beginning-of-text token. Where its last token does not merge into the text, that leaves one too many
                 in the mean.
             device: by default the current CUDA device where there is one, else the CPU.
-            dtype: of the transformer and a latent-attention head; by default that of its weights. What follows is
-                float32.
+            dtype: of the transformer and a latent-attention head; by default that of its weights (for NV-Embed's layout,
+                the one that config.json names). What follows is float32.
             bidirectional: True lets every token of a decoder attend to all tokens of its text, in every layer; None
                 leaves causal masks and sliding windows as the model has them. A decoder that was not trained for it
                 gives poor vectors.
