@@ -31,7 +31,7 @@ _ONNX = "ONNX Runtime"
 
 
 @cache
-def _definitions() -> list[str]:
+def definitions() -> list[str]:
     """Short texts in a fixed shuffled order: WordNet's definitions, or where it is not installed the Bible's verses."""
     files = [_WORDNET / f"data.{part}" for part in ("noun", "verb", "adj", "adv")]
     if all(file.exists() for file in files):
@@ -44,8 +44,8 @@ def _definitions() -> list[str]:
 
 def _texts(count: int, joined: int) -> list[str]:
     """``count`` texts of up to ``joined`` definitions each; a drawn number of them, so that lengths differ."""
-    definitions, sizes = iter(_definitions()), np.random.default_rng(1).integers(1, 2 * joined, count)
-    return [" ".join(next(definitions) for _ in range(size if joined > 1 else 1)) for size in sizes]
+    parts, sizes = iter(definitions()), np.random.default_rng(1).integers(1, 2 * joined, count)
+    return [" ".join(next(parts) for _ in range(size if joined > 1 else 1)) for size in sizes]
 
 
 def _over(encode: Callable[[list[str]], Any], texts: list[str], count: int) -> Callable[[int], np.ndarray]:

@@ -12,7 +12,7 @@ import embedding_kernels as ek
 from embedding_kernels.models.vocabulary import PackedTexts, Vocabulary, words_of
 
 from . import ceilings
-from .embedder import _definitions
+from .embedder import definitions
 from .harness import OURS, Case, Contender, Room, Work
 
 _DEFINITIONS = 30_000
@@ -24,9 +24,9 @@ _COPIES = 3  # passes with batches and negatives drawn beforehand
 
 @cache
 def _texts() -> tuple[list[list[str]], Vocabulary, PackedTexts]:
-    definitions = _definitions()[:_DEFINITIONS]
-    vocabulary = Vocabulary.of(definitions, _MIN_COUNT, bigrams=False)
-    return [words_of(text) for text in definitions], vocabulary, vocabulary.pack(definitions)
+    texts = definitions()[:_DEFINITIONS]
+    vocabulary = Vocabulary.of(texts, _MIN_COUNT, bigrams=False)
+    return [words_of(text) for text in texts], vocabulary, vocabulary.pack(texts)
 
 
 class _Training:

@@ -38,6 +38,7 @@ _LAZY = {
     "ShardedBinaryIndex": ".index",
     "BinaryParagraphVector": ".models",
     "Embedder": ".models",
+    "TokenPrependingEmbedder": ".models",
 }
 _SUBMODULES = ("cli", "doctor", "index", "integrations", "models", "nn", "numpy", "ops", "reference")
 
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from .index import ShardedBinaryIndex as ShardedBinaryIndex
     from .models import BinaryParagraphVector as BinaryParagraphVector
     from .models import Embedder as Embedder
+    from .models import TokenPrependingEmbedder as TokenPrependingEmbedder
     from .ops.attention import merge_attention as merge_attention
     from .ops.attention import varlen_attention as varlen_attention
     from .ops.backend import use_backend as use_backend

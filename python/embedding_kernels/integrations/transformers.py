@@ -197,14 +197,18 @@ def packed_forward(
         arguments["is_causal"] = is_causal
     if bidirectional:
         arguments[BIDIRECTIONAL] = True
-    output = model(
-        input_ids=input_ids[None],
-        cu_seq_lens_q=cu_seqlens,
-        cu_seq_lens_k=cu_seqlens,
-        max_length_q=max_seqlen,
-        max_length_k=max_seqlen,
-        **arguments,
-    )
+    try:
+        output = model(
+            input_ids=input_ids[None],
+            cu_seq_lens_q=cu_seqlens,
+            cu_seq_lens_k=cu_seqlens,
+            max_length_q=max_seqlen,
+            max_length_k=max_seqlen,
+            **arguments,
+        )
+    finally:
+        if not torch.compiler.is_compiling():  # a forward that an exception ended does not reach the guard's own hook
+            _forwards().pop(id(plug), None)
     hidden = getattr(output, "last_hidden_state", None)
     if hidden is None:
         raise ValueError(f"packed_forward: model must be a base model with a last hidden state, got {_name(model)}")

@@ -3,5 +3,6 @@ binary paragraph vectors, which learn from texts alone."""
 
 from .embedder import Embedder as Embedder
 from .paragraph_vector import BinaryParagraphVector as BinaryParagraphVector
+from .token_prepending import TokenPrependingEmbedder as TokenPrependingEmbedder
 
-__all__ = ["BinaryParagraphVector", "Embedder"]
+__all__ = ["BinaryParagraphVector", "Embedder", "TokenPrependingEmbedder"]

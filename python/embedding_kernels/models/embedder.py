@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .._progress import progress_bar
 from ..ops.pooling import pack_padded
-from .backbones import packed_backbone, padding_only_mask
+from .backbones import hidden_after, layer_count, packed_backbone, padding_only_mask
 from .batching import Batch, TextTokenizer, windows
 from .directory import DirectorySpec, pooling_modes, read_directory
 from .loading import load_tokenizer, load_transformer
@@ -130,8 +130,8 @@ class Embedder:
                 beginning-of-text token. Where its last token does not merge into the text, that leaves one too many
                 in the mean.
             device: by default the current CUDA device where there is one, else the CPU.
-            dtype: of the transformer and a latent-attention head; by default that of its weights (for NV-Embed's layout,
-                the one that config.json names). What follows is float32.
+            dtype: of the transformer and a latent-attention head; by default that of its weights (for NV-Embed's
+                layout, the one that config.json names). What follows is float32.
             bidirectional: True lets every token of a decoder attend to all tokens of its text, in every layer; None
                 leaves causal masks and sliding windows as the model has them. A decoder that was not trained for it
                 gives poor vectors.
@@ -218,6 +218,7 @@ class Embedder:
         device: str | torch.device | None = None,
         normalize_embeddings: bool = False,
         truncate_dim: int | None = None,
+        layer: int | None = None,
         **unknown: Any,
     ) -> Any:
         """Encode texts. Names and meanings of the arguments are those of `SentenceTransformer.encode`.
@@ -239,6 +240,9 @@ class Embedder:
             device: moves the model there first.
             normalize_embeddings: scale to length 1, after truncation.
             truncate_dim: leading dimensions to keep.
+            layer: read the tokens' states after so many layers, 0 to N; those past it do not run. 0 is what the first
+                layer is given; N, and None, the model's output. With ``truncate_dim`` this is the inference of 2D
+                Matryoshka (Li et al., "2D Matryoshka Sentence Embeddings", 2024), for models trained that way.
 
         Returns:
             ``[N, D]`` float32 or as ``precision`` says; ``[D]`` for one text, ``[0, D]`` for none.
@@ -249,17 +253,17 @@ class Embedder:
         _check_options(batch_size, output_value, precision, device, unknown)
         texts, single = _as_texts(inputs)
         text_prompt = self._resolve_prompt(prompt, prompt_name)
-        dim = self._resolve_dim(truncate_dim)
+        dim, layer = self._resolve_dim(truncate_dim), self._resolve_layer(layer)
         scaled = precision in ("int8", "uint8")
         if scaled and len(texts) == 1:
             raise ValueError(f"encode: inputs must be at least 2 texts for precision {precision!r}, got 1")
         if device is not None:
             self.to(device)
         if output_value == "token_embeddings":
-            tokens = self._encode_tokens(texts, text_prompt, batch_size, show_progress_bar)
+            tokens = self._encode_tokens(texts, text_prompt, batch_size, show_progress_bar, layer)
             return tokens[0] if single else tokens
         on_device = convert_to_tensor or not convert_to_numpy
-        recipe = Recipe(dim, normalize_embeddings or self._spec.normalize, precision in BIT_PRECISIONS)
+        recipe = Recipe(dim, normalize_embeddings or self._spec.normalize, precision in BIT_PRECISIONS, layer)
         vectors = self._encode_vectors(texts, text_prompt, batch_size, show_progress_bar, recipe, on_device)
         if recipe.bits:
             vectors = bits_to_precision(vectors, precision)
@@ -346,6 +350,15 @@ class Embedder:
             raise ValueError(f"encode: truncate_dim must be from 1 to {whole}, got {dim!r}")
         return int(dim)
 
+    def _resolve_layer(self, layer: int | None) -> int | None:
+        """None for the model's output."""
+        if layer is None:
+            return None
+        count = layer_count(self.model)
+        if isinstance(layer, bool) or not isinstance(layer, (int, np.integer)) or not 0 <= layer <= count:
+            raise ValueError(f"encode: layer must be from 0 to {count}, got {layer!r}")
+        return None if layer == count else int(layer)
+
     def _encode_vectors(
         self,
         texts: list[str],
@@ -357,24 +370,30 @@ class Embedder:
     ) -> Tensor:
         # allocated outside inference mode, so that the caller may use it under autograd
         out = torch.zeros(len(texts), recipe.width, dtype=recipe.dtype, device=self.device if on_device else "cpu")
-        left_out = "" if self._spec.include_prompt else prompt
         with torch.inference_mode(), progress_bar("Encoding", len(texts), "text", show, logger) as bar:
             for start, end in windows(len(texts), _WINDOW):
                 # gathered on the model's device: one copy to the host a window, not one a batch
-                part = torch.zeros(end - start, recipe.width, dtype=recipe.dtype, device=self.device)
-                for batch in self._batches(texts[start:end], prompt, max_texts):
-                    rows = batch.rows if isinstance(batch.rows, slice) else torch.from_numpy(batch.rows).to(self.device)
-                    part[rows] = self._vectors(batch, left_out, recipe)
-                    bar.update(len(batch.lengths))
-                out[start:end] = part
+                out[start:end] = self._window_vectors(texts[start:end], prompt, max_texts, recipe, bar)
         return out
 
-    def _encode_tokens(self, texts: list[str], prompt: str, max_texts: int | None, show: bool | None) -> list[Tensor]:
+    def _window_vectors(self, texts: list[str], prompt: str, max_texts: int | None, recipe: Recipe, bar: Any) -> Tensor:
+        """Those of texts that are tokenised together, on the model's device; moves the bar on."""
+        left_out = "" if self._spec.include_prompt else prompt
+        part = torch.zeros(len(texts), recipe.width, dtype=recipe.dtype, device=self.device)
+        for batch in self._batches(texts, prompt, max_texts):
+            rows = batch.rows if isinstance(batch.rows, slice) else torch.from_numpy(batch.rows).to(self.device)
+            part[rows] = self._vectors(batch, left_out, recipe)
+            bar.update(len(batch.lengths))
+        return part
+
+    def _encode_tokens(
+        self, texts: list[str], prompt: str, max_texts: int | None, show: bool | None, layer: int | None
+    ) -> list[Tensor]:
         out = [torch.zeros(0, self._hidden_size, dtype=self.dtype, device=self.device)] * len(texts)
         with torch.inference_mode(), progress_bar("Encoding", len(texts), "text", show, logger) as bar:
             for start, end in windows(len(texts), _WINDOW):
                 for batch in self._batches(texts[start:end], prompt, max_texts):
-                    tokens = self._token_embeddings(batch).split(batch.lengths.tolist())
+                    tokens = self._token_embeddings(batch, layer).split(batch.lengths.tolist())
                     rows = np.arange(end - start)[batch.rows]
                     for row, rows_of_text in zip(rows, tokens, strict=True):
                         out[start + row] = rows_of_text.clone()  # a view would keep the whole batch alive
@@ -392,28 +411,34 @@ class Embedder:
         """``left_out`` is the prompt whose tokens are not pooled, or empty."""
         if left_out:
             skip = self._texts.prompt_tokens(left_out, self._spec.prompt_length, batch)
-            return self._pooler(self._token_embeddings(batch), batch.lengths, skip, recipe)
+            return self._pooler(self._token_embeddings(batch, recipe.layer), batch.lengths, skip, recipe)
         rows = None
         if self._backbone is not None and self._backbone.trims:
             rows = self._pooler.rows_needed(batch.lengths)
         if rows is None:
-            return self._pooler(self._token_embeddings(batch), batch.lengths, None, recipe)
+            return self._pooler(self._token_embeddings(batch, recipe.layer), batch.lengths, None, recipe)
         held = (batch.lengths > 0).astype(np.int64)
         last_rows = torch.from_numpy(rows).to(self.device), _offsets(held, self.device)
-        return self._pooler(self._token_embeddings(batch, last_rows), held, None, recipe)
+        return self._pooler(self._token_embeddings(batch, recipe.layer, last_rows), held, None, recipe)
 
-    def _token_embeddings(self, batch: Batch, last_rows: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Last hidden states of the batch, packed: ``[T, H]``, or of ``last_rows`` alone."""
+    def _token_embeddings(
+        self, batch: Batch, layer: int | None = None, last_rows: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """Hidden states of the batch after the last layer or ``layer``: ``[T, H]``, or of ``last_rows`` alone."""
         if self._backbone is None:
             padded, mask = batch.padded()
             inputs = {name: tensor.to(self.device) for name, tensor in padded.items()}
             mask = mask.to(self.device)
             seen = padding_only_mask(mask, self.dtype) if self._spec.bidirectional else mask.long()
-            hidden = self.model(**inputs, attention_mask=seen, return_dict=True).last_hidden_state
+
+            def forward() -> Tensor:
+                return self.model(**inputs, attention_mask=seen, return_dict=True).last_hidden_state
+
+            hidden = forward() if layer is None else hidden_after(self.model, layer, forward)
             return pack_padded(hidden, mask, int(batch.lengths.sum()))
         inputs = {name: tensor.to(self.device) for name, tensor in batch.inputs.items()}
         ids, cu_seqlens = inputs.pop("input_ids"), _offsets(batch.lengths, self.device)
-        return self._backbone(ids, cu_seqlens, batch.longest, last_rows=last_rows, **inputs)
+        return self._backbone(ids, cu_seqlens, batch.longest, last_rows=last_rows, layer=layer, **inputs)
 
 
 def _offsets(lengths: np.ndarray, device: torch.device) -> Tensor:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +22,33 @@ _ENCODERS = {
 }
 
 
+def load_config(path: Path) -> Any:
+    """The config of a directory; ValueError where transformers cannot read it."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path / 'config.json'} cannot be read by transformers: {_first_line(error)}") from error
+
+
 def load_transformer(
-    path: Path, device: torch.device, dtype: torch.dtype | None, attn_implementation: str | None
+    path: Path,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    attn_implementation: str | None,
+    layers: int | None = None,
 ) -> nn.Module:
-    """The transformer of a directory, in evaluation mode on ``device``.
+    """The transformer of a directory, in evaluation mode on ``device``; of its layers the first ``layers`` alone.
 
     Raises:
         ValueError: unreadable or incomplete weights, an architecture without an encoder of its own.
     """
     import transformers
 
-    try:
-        config = transformers.AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path / 'config.json'} cannot be read by transformers: {_first_line(error)}") from error
+    config = load_config(path)
+    if layers is not None:
+        _keep_layers(config, layers)
     loader: Any = transformers.AutoModel
     if getattr(config, "is_encoder_decoder", False):
         if config.model_type not in _ENCODERS:
@@ -45,15 +62,16 @@ def load_transformer(
     options: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
     try:
         # shapes are judged below, where they can be named
-        model, info = loader.from_pretrained(
-            path,
-            config=config,
-            dtype=dtype or "auto",
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **options,
-        )
+        with nullcontext() if layers is None else _without_report():
+            model, info = loader.from_pretrained(
+                path,
+                config=config,
+                dtype=dtype or "auto",
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **options,
+            )
     except Exception as error:
         raise ValueError(f"{path} cannot be loaded by transformers: {_first_line(error)}") from error
     # transformers fills what is missing with random numbers; an unused pooler is missing in many models
@@ -64,6 +82,31 @@ def load_transformer(
     for name, found, wanted in sorted(info["mismatched_keys"]):
         raise ValueError(f"{path}: {name} must be {list(wanted)} by config.json, got {list(found)}")
     return model.eval().to(device)
+
+
+def _keep_layers(config: Any, layers: int) -> None:
+    """Make a config that of a model of the first ``layers`` layers."""
+    text = config.get_text_config()
+    if not 1 <= layers <= text.num_hidden_layers:
+        raise ValueError(f"from_pretrained: layers must be from 1 to {text.num_hidden_layers}, got {layers}")
+    text.num_hidden_layers = layers
+    if isinstance(vars(text).get("layer_types"), (list, tuple)):
+        text.layer_types = list(text.layer_types)[:layers]
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """transformers would list every tensor of the layers that are left out as one that it does not know."""
+    source, thread = logging.getLogger("transformers.modeling_utils"), threading.get_ident()
+
+    def keep(record: logging.LogRecord) -> bool:
+        return record.thread != thread or "LOAD REPORT" not in str(record.msg)
+
+    source.addFilter(keep)
+    try:
+        yield
+    finally:
+        source.removeFilter(keep)
 
 
 def load_tokenizer(path: Path, config: Any, do_lower_case: bool) -> tuple[Any, int]:

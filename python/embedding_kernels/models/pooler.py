@@ -16,11 +16,13 @@ from .heads import Dense
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a vector shall be: its dimensions, of length 1 or not, as float32 or as bits."""
+    """What a vector shall be: its dimensions, of length 1 or not, as float32 or as bits, read after which layer."""
 
     dim: int
     normalize: bool
     bits: bool
+    #: None for the model's output
+    layer: int | None = None
 
     @property
     def width(self) -> int:

@@ -39,7 +39,8 @@ def add_layer_norm(
 def token_prepend(hidden: Tensor, source_rows: Tensor, target_rows: Tensor) -> Tensor:
     """The rows with each target replaced by its source; all sources are read first."""
     rows = torch.arange(hidden.shape[0], device=hidden.device).index_put((target_rows,), source_rows)
-    return hidden[rows]
+    # widened for the gradient alone, which adds up the copies of a row
+    return _wide(hidden, hidden)[rows].to(hidden.dtype)
 
 
 def token_prepend_rms_norm(

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from . import bert, decoder
 from .bert import BertBackbone
-from .decoder import DecoderBackbone
+from .block_hooks import hidden_after, layer_count, rows_changed
+from .decoder import DecoderBackbone, Prefix, Prepend
 
 logger = logging.getLogger(__name__)
 
@@ -19,8 +20,13 @@ __all__ = [
     "BertBackbone",
     "DecoderBackbone",
     "PluggedBackbone",
+    "Prefix",
+    "Prepend",
+    "hidden_after",
+    "layer_count",
     "packed_backbone",
     "padding_only_mask",
+    "rows_changed",
 ]
 
 
@@ -41,8 +47,12 @@ class Backbone(Protocol):
         position_ids: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         last_rows: tuple[Tensor, Tensor] | None = None,
+        layer: int | None = None,
     ) -> Tensor:
-        """Last hidden states ``[T, H]`` of the sequences that ``cu_seqlens`` (int32 ``[S + 1]``) bounds."""
+        """Hidden states ``[T, H]`` of the sequences that ``cu_seqlens`` (int32 ``[S + 1]``) bounds.
+
+        Of the last layer, or of ``layer``, 0 to N; what comes after it does not run.
+        """
         ...
 
     def forget(self) -> None:
@@ -86,21 +96,32 @@ class PluggedBackbone:
         position_ids: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         last_rows: tuple[Tensor, Tensor] | None = None,
+        layer: int | None = None,
     ) -> Tensor:
         from ...integrations.transformers import packed_forward
 
         if last_rows is not None:
             raise ValueError("PluggedBackbone: last_rows must be None, got a pair of tensors")
         inputs: dict[str, Any] = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
-        return packed_forward(
-            self.model,
-            input_ids,
-            cu_seqlens,
-            max_seqlen,
-            position_ids=position_ids,
-            bidirectional=self.bidirectional,
-            **inputs,
-        )
+
+        def forward() -> Tensor:
+            return packed_forward(
+                self.model,
+                input_ids,
+                cu_seqlens,
+                max_seqlen,
+                position_ids=position_ids,
+                bidirectional=self.bidirectional,
+                **inputs,
+            )
+
+        if layer is None:
+            return forward()
+        count = layer_count(self.model)
+        if not 0 <= layer <= count:
+            raise ValueError(f"PluggedBackbone: layer must be from 0 to {count}, got {layer}")
+        # the last layer's output is the model's, after its last norm
+        return forward() if layer == count else hidden_after(self.model, layer, forward)[0]
 
     def forget(self) -> None:
         """Nothing is derived."""

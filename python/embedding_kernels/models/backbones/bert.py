@@ -55,8 +55,9 @@ class BertBackbone:
         position_ids: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         last_rows: tuple[Tensor, Tensor] | None = None,
+        layer: int | None = None,
     ) -> Tensor:
-        """Last hidden states of packed sequences.
+        """Hidden states of packed sequences.
 
         Args:
             input_ids: integers ``[T]``.
@@ -65,13 +66,15 @@ class BertBackbone:
             position_ids: ``[T]``, as the model takes them; by default those it would form itself.
             token_type_ids: ``[T]``; 0 by default.
             last_rows: rows that are wanted, int64 ``[R]``, rising, and their int32 offsets ``[S + 1]`` by sequence.
-                The last layer computes no others.
+                The last layer to run computes no others.
+            layer: stop after so many layers, 0 to N: transformers' ``output_hidden_states[layer]``. By default all
+                layers run.
 
         Returns:
             ``[T, H]``, or ``[R, H]`` with ``last_rows``.
 
         Raises:
-            ValueError: the model is in training mode, or the tensors are not as above.
+            ValueError: the model is in training mode, or the arguments are not as above.
         """
         if self.model.training:
             raise ValueError("BertBackbone: model must be in evaluation mode (call .eval()), got one in training mode")
@@ -79,10 +82,13 @@ class BertBackbone:
             raise ValueError(
                 "BertBackbone: model must have the layers that it was made with, got others in their place"
             )
+        count = len(self._layers) if layer is None else layer
+        if not 0 <= count <= len(self._layers):
+            raise ValueError(f"BertBackbone: layer must be from 0 to {len(self._layers)}, got {count}")
         hidden = self._embed(input_ids, cu_seqlens, max_seqlen, position_ids, token_type_ids)
-        for place, layer in enumerate(self._layers, 1):
-            hidden = layer(hidden, cu_seqlens, max_seqlen, last_rows if place == len(self._layers) else None)
-        return hidden
+        for place, block in enumerate(self._layers[:count], 1):
+            hidden = block(hidden, cu_seqlens, max_seqlen, last_rows if place == count else None)
+        return hidden[last_rows[0]] if last_rows is not None and count == 0 else hidden
 
     def forget(self) -> None:
         """Drop all prepacked weights; the next call makes them again."""
