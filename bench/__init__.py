@@ -15,6 +15,8 @@ from . import (
     norm,
     paragraph_vector,
     pooling,
+    token_prepend,
+    token_prepending,
 )
 from .harness import Case
 
@@ -22,7 +24,7 @@ OPERATORS: dict[str, dict[str, list[Case]]] = {
     "attention": attention.BENCHMARKS,
     "hamming": hamming.BENCHMARKS,
     "latent_attention": latent_attention.BENCHMARKS,
-    "norm": norm.BENCHMARKS,
+    "norm": {**norm.BENCHMARKS, **token_prepend.BENCHMARKS},
     "paragraph_vector": paragraph_vector.BENCHMARKS,
     "pooling": pooling.BENCHMARKS,
 }
@@ -32,6 +34,7 @@ DEFAULT: dict[str, dict[str, list[Case]]] = {
     **OPERATORS,
     "latent_attention_head": latent_attention_head.BENCHMARKS,
     "embedder": embedder.BENCHMARKS,
+    "token_prepending": token_prepending.BENCHMARKS,
 }
 #: and what takes too long for every run
 FAMILIES: dict[str, dict[str, list[Case]]] = {**DEFAULT, "hamming_large": hamming_large.BENCHMARKS}

@@ -172,6 +172,13 @@ class Elsewhere:
         return round(max(0.0, elsewhere) / max(time.monotonic() - wall, 1e-9), 2)
 
 
+def compiled(run: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile, for the shapes of one case."""
+    # of one piece of code torch compiles eight variants a process; it would run the ninth case's uncompiled
+    torch._dynamo.reset()
+    return torch.compile(run, dynamic=False)
+
+
 def copies(tensor: torch.Tensor, room: Room, most: int = 64) -> list[torch.Tensor]:
     """The tensor and as many clones as make a rotation through them miss every cache."""
     count = -(-room.cold_bytes // max(tensor.nbytes, 1))

@@ -14,7 +14,7 @@ from torch.nn import functional
 import embedding_kernels as ek
 
 from . import ceilings
-from .harness import OURS, Case, Contender, Room, Work, copies
+from .harness import OURS, Case, Contender, Room, Work, compiled, copies
 
 EAGER_SOFTMAX = "torch: softmax of a view"
 COMPILED_SOFTMAX = "torch.compile: softmax of a view"
@@ -24,6 +24,7 @@ COMPILED_INDEX_ADD = "torch.compile: chunk, gelu, index_add"
 
 _GROUPS, _SCORES = 8, 4096  # heads, and latents of them all
 _COLUMNS = 16384
+_BEFORE = "compiled before timing"
 #: tokens of each text
 _LENGTHS = {64: (40, 5, 19), 512: (300, 12, 128, 72), 2048: (1100, 9, 500, 64, 375)}
 
@@ -104,12 +105,6 @@ def _verifier(
 # ---- contenders ----
 
 
-def _compiled(run: Run) -> Run:
-    # of one piece of code torch compiles eight variants a process; it would run the ninth case's uncompiled
-    torch._dynamo.reset()
-    return torch.compile(run, dynamic=False)
-
-
 def _eager_softmax(scores: Tensor) -> Tensor:
     return torch.softmax(scores.unflatten(1, (_GROUPS, -1)), -1).flatten(1)
 
@@ -125,11 +120,10 @@ def _build_softmax(
     contenders = [Contender(OURS, ours, verify, role="ours")]
     if not peers:
         return contenders
-    compiled = _compiled(_eager_softmax)
     return [
         *contenders,
         Contender(EAGER_SOFTMAX, inputs.call(_eager_softmax, gradient), verify),
-        Contender(COMPILED_SOFTMAX, inputs.call(compiled, gradient), verify, note="compiled before timing"),
+        Contender(COMPILED_SOFTMAX, inputs.call(compiled(_eager_softmax), gradient), verify, note=_BEFORE),
         ceilings.copy(room),
     ]
 
@@ -170,12 +164,12 @@ def _build_pool(
     def segment_reduce(hidden: Tensor, bias: Tensor) -> Tensor:
         return torch.segment_reduce(_gated(hidden, bias).float(), "mean", lengths=counts, axis=0).to(hidden.dtype)
 
-    known, compiled = "text of each row known beforehand", _compiled(index_add)
+    known = "text of each row known beforehand"
     return [
         *contenders,
         Contender(INDEX_ADD, inputs.call(index_add, gradient), verify, note=known),
         Contender(SEGMENT_REDUCE, inputs.call(segment_reduce, gradient), verify),
-        Contender(COMPILED_INDEX_ADD, inputs.call(compiled, gradient), verify, note="compiled before timing"),
+        Contender(COMPILED_INDEX_ADD, inputs.call(compiled(index_add), gradient), verify, note=_BEFORE),
         ceilings.copy(room) if gradient else ceilings.read(room),
     ]
 

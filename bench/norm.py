@@ -14,7 +14,7 @@ from torch.nn import functional
 import embedding_kernels as ek
 
 from . import ceilings
-from .harness import OURS, Case, Contender, Room, Work, copies
+from .harness import OURS, Case, Contender, Room, Work, compiled, copies
 
 EAGER = "torch: add, then norm"
 COMPILED = "torch.compile: add, then norm"
@@ -47,7 +47,7 @@ def _theirs(op: str) -> Norm:
 
 @dataclass
 class Rows:
-    """Rows to be added and normed, and the gradients of both outputs, in rotating copies; weight and bias."""
+    """Rows to be added and normed, and the gradients of all outputs, in rotating copies; weight and bias."""
 
     inputs: list[Sequence[Tensor]]
     grads: list[Sequence[Tensor]]
@@ -68,29 +68,32 @@ class Rows:
         return both if gradient else forward
 
 
-def _rows(room: Room, op: str, rows: int, dim: int, dtype: torch.dtype, gradient: bool) -> Rows:
+def drawn_rows(
+    room: Room, size: tuple[int, int], dtype: torch.dtype, gradient: bool, *, inputs: int = 2, vectors: int = 1
+) -> Rows:
+    """As many ``inputs`` as there are outputs."""
     seeded = torch.Generator().manual_seed(0)
-    drawn = torch.randn(4 if gradient else 2, rows, dim, generator=seeded).to(dtype).to(room.device)
+    drawn = torch.randn(2 * inputs if gradient else inputs, *size, generator=seeded).to(dtype).to(room.device)
     parts = [copy.unbind(0) for copy in copies(drawn, room)]
-    vectors = torch.randn(1 if op == "add_rms_norm" else 2, dim, generator=seeded).to(dtype).to(room.device).unbind(0)
+    weights = torch.randn(vectors, size[1], generator=seeded).to(dtype).to(room.device).unbind(0)
     return Rows(
-        inputs=[[part.detach().requires_grad_(gradient) for part in copy[:2]] for copy in parts],
-        grads=[copy[2:] for copy in parts],
-        vectors=[vector.detach().requires_grad_(gradient) for vector in vectors],
+        inputs=[[part.detach().requires_grad_(gradient) for part in copy[:inputs]] for copy in parts],
+        grads=[copy[inputs:] for copy in parts],
+        vectors=[weight.detach().requires_grad_(gradient) for weight in weights],
     )
 
 
 # ---- answers ----
 
 
-def _expected(op: str, rows: Rows, gradient: bool) -> list[tuple[Tensor, float]]:
+def _expected(definition: Norm, rows: Rows, gradient: bool) -> list[tuple[Tensor, float]]:
     """By the definition in float64, with the largest sum of absolute terms in each answer."""
     wide = Rows(
         inputs=[[part.detach().double().requires_grad_(gradient) for part in rows.inputs[0]]],
         grads=[[part.double() for part in rows.grads[0]]],
         vectors=[vector.detach().double().requires_grad_(gradient) for vector in rows.vectors],
     )
-    answers = wide.call(_ours(op, "reference"), gradient)(0)
+    answers = wide.call(definition, gradient)(0)
     if not gradient:
         return [(answer, float(answer.abs().max())) for answer in answers]
     # normal values are of the order of 1, so a gradient of weight sums about as much as one of bias
@@ -98,8 +101,8 @@ def _expected(op: str, rows: Rows, gradient: bool) -> list[tuple[Tensor, float]]
     return [(answer, columns if answer.dim() == 1 else float(answer.abs().max())) for answer in answers]
 
 
-def _verifier(op: str, rows: Rows, gradient: bool) -> Callable[[Any], None]:
-    expected, eps = _expected(op, rows, gradient), torch.finfo(rows.inputs[0][0].dtype).eps
+def verifier(definition: Norm, rows: Rows, gradient: bool) -> Callable[[Any], None]:
+    expected, eps = _expected(definition, rows, gradient), torch.finfo(rows.inputs[0][0].dtype).eps
 
     def verify(answers: tuple[Tensor, ...]) -> None:
         for answer, (exact, terms) in zip(answers, expected, strict=True):
@@ -112,17 +115,20 @@ def _verifier(op: str, rows: Rows, gradient: bool) -> Callable[[Any], None]:
     return verify
 
 
+def _drawn(room: Room, op: str, rows: int, dim: int, dtype: torch.dtype, gradient: bool) -> Rows:
+    return drawn_rows(room, (rows, dim), dtype, gradient, vectors=1 if op == "add_rms_norm" else 2)
+
+
 # ---- cases ----
 
 
 def _build(op: str, rows: int, dim: int, dtype: torch.dtype, gradient: bool, room: Room) -> list[Contender]:
-    inputs = _rows(room, op, rows, dim, dtype, gradient)
-    verify = _verifier(op, inputs, gradient)
-    compiled = torch.compile(_theirs(op), dynamic=False)
+    inputs = _drawn(room, op, rows, dim, dtype, gradient)
+    verify = verifier(_ours(op, "reference"), inputs, gradient)
     return [
         Contender(OURS, inputs.call(_ours(op), gradient), verify, role="ours"),
         Contender(EAGER, inputs.call(_theirs(op), gradient), verify),
-        Contender(COMPILED, inputs.call(compiled, gradient), verify, note="compiled before timing"),
+        Contender(COMPILED, inputs.call(compiled(_theirs(op)), gradient), verify, note="compiled before timing"),
         ceilings.copy(room),
     ]
 
@@ -149,8 +155,8 @@ def _level_case(op: str, dtype: torch.dtype, gradient: bool = False, quick: bool
     rows, dim = 256, 384
 
     def build(room: Room) -> list[Contender]:
-        inputs = _rows(Room(room.device, room.threads, room.quick, cold_bytes=1), op, rows, dim, dtype, gradient)
-        verify = _verifier(op, inputs, gradient)
+        inputs = _drawn(Room(room.device, room.threads, room.quick, cold_bytes=1), op, rows, dim, dtype, gradient)
+        verify = verifier(_ours(op, "reference"), inputs, gradient)
         return [Contender(OURS, inputs.call(_ours(op), gradient), verify, role="ours")]
 
     kind = str(dtype).removeprefix("torch.")

@@ -27,9 +27,16 @@ _CASE_SECONDS = {
     "hamming_large": 40.0,
     "latent_attention_head": 40.0,
     "paragraph_vector": 60.0,
+    "token_prepending": 60.0,
 }
 # what a family may take, else 170; kept to by measuring less, never by leaving a case out
-_FAMILY_SECONDS = {"attention": 260.0, "embedder": 260.0, "hamming_large": 1200.0, "latent_attention_head": 420.0}
+_FAMILY_SECONDS = {
+    "attention": 260.0,
+    "embedder": 260.0,
+    "hamming_large": 1200.0,
+    "latent_attention_head": 420.0,
+    "norm": 260.0,
+}
 
 
 def _arguments() -> argparse.Namespace:

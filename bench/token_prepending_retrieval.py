@@ -106,7 +106,7 @@ def _gensim_file(name: str) -> Path:
 
 
 def _news() -> Task:
-    texts = _gensim_file("lee.cor").read_text(encoding="utf-8").splitlines()
+    texts = _gensim_file("lee.cor").read_text(encoding="latin-1").splitlines()
     human = np.loadtxt(_gensim_file("similarities0-1.txt"))
 
     def measure(cosines: np.ndarray, chosen: np.ndarray) -> float:

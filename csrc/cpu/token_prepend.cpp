@@ -66,7 +66,9 @@ Tensor take_rows(Tensor rows, const std::vector<int64_t>& places) {
   rows = dense_rows(rows);
   Tensor out = torch::stable::empty({rows.size(0), rows.size(1)}, rows.scalar_type());
   auto* const to = static_cast<uint8_t*>(out.mutable_data_ptr());
-  const int64_t bytes = row_bytes(rows), block = std::max<int64_t>(1, (int64_t{1} << 16) / std::max<int64_t>(bytes, 1));
+  const int64_t bytes = row_bytes(rows);
+  if (bytes == 0) return out;  // memcpy takes no null pointer, even for nothing
+  const int64_t block = std::max<int64_t>(1, (int64_t{1} << 16) / bytes);
   TorchParallelFor()((rows.size(0) + block - 1) / block, [&](int64_t task) {
     for (int64_t r = task * block; r < std::min(rows.size(0), (task + 1) * block); ++r) {
       std::memcpy(to + r * bytes, row_at(rows, places[r]), bytes);
@@ -78,6 +80,7 @@ Tensor take_rows(Tensor rows, const std::vector<int64_t>& places) {
 void return_gradients(RowCopies copies, Tensor& grad) {
   auto* const rows = static_cast<uint8_t*>(grad.mutable_data_ptr());
   const int64_t columns = grad.size(1), bytes = row_bytes(grad);
+  if (columns == 0) return;
   const PoolingLoops& loops = pooling_loops();
   const Dtype dtype = dtype_of(grad);
   std::vector<bool> overwritten(grad.size(0));

@@ -89,6 +89,11 @@ def odd_sizes():
             yield "add_rms_norm_backward", (x, None, x, x[0], 1e-6, True)
             yield "add_layer_norm", (x, x, x[0], x[1], 1e-5)
             yield "add_layer_norm_backward", (x, x, x, x[0], x[1], 1e-5)
+            copies = torch.tensor([2, 2, 1]), torch.tensor([0, 1, 2])
+            yield "token_prepend", (x, *copies)
+            yield "token_prepend_backward", (x, *copies)
+            yield "token_prepend_rms_norm", (x, x, *copies, x[0], 1e-6, True)
+            yield "token_prepend_rms_norm_backward", (x, x, x, *copies, x[0], 1e-6, True)
     yield from attention()
     yield from rescoring()
     for width in range(1, 140):

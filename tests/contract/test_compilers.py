@@ -53,6 +53,13 @@ def add_and_norm(step: int) -> tuple[torch.Tensor, ...]:
     return rows, 2 * rows, torch.randn(24), torch.randn(24)
 
 
+def first_and_last(step: int) -> tuple[torch.Tensor, ...]:
+    """Rows, and each text's last row to be copied over its first."""
+    hidden, cu_seqlens, _, _ = ragged(step)
+    offsets = cu_seqlens.long()
+    return hidden, offsets[1:] - 1, offsets[:-1]
+
+
 def rows_before_a_gated_unit(step: int) -> tuple[torch.Tensor, ...]:
     """Values with gates, a bias of both, offsets."""
     hidden, cu_seqlens, _, _ = ragged(step)
@@ -104,6 +111,11 @@ CALLS = {
         add_and_norm(step)[:3],
     ),
     "add_layer_norm": lambda step: (lambda x, r, w, b: ek.add_layer_norm(x, r, w, bias=b), add_and_norm(step)),
+    "token_prepend": lambda step: (ek.token_prepend, first_and_last(step)),
+    "token_prepend_rms_norm": lambda step: (
+        lambda x, s, t, w: ek.token_prepend_rms_norm(x, 2 * x, s, t, w),
+        (*first_and_last(step), torch.randn(24)),
+    ),
     "pack_padded": lambda step: (
         lambda p, m, t: ek.pack_padded(p, m, t),
         (ragged(step)[3], ragged(step)[2], ragged(step)[0].shape[0]),

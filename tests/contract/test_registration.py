@@ -168,6 +168,9 @@ def test_flops_grow_with_the_work():
     assert OPERATORS["geglu_segment_pool"].flops((7, 6), None, (3,)) == 7 * 42
     assert OPERATORS["add_rms_norm"].flops((7, 5), None, (5,)) == 5 * 35
     assert OPERATORS["add_layer_norm"].flops((7, 5), (7, 5), (5,)) == 8 * 35
+    assert OPERATORS["token_prepend"].flops((7, 5), (2,), (2,)) == 0
+    assert OPERATORS["token_prepend_backward"].flops((7, 5), (2,), (2,)) == 2 * 5
+    assert OPERATORS["token_prepend_rms_norm"].flops((7, 5), (7, 5), (2,), (2,), (5,)) == 5 * 35
     # one sequence: a multiplication and an addition for each query, key and dimension, of keys and of values
     assert OPERATORS["varlen_attention"].flops((7, 2, 16), (5, 1, 16), (5, 1, 24), (2,)) == 2 * 2 * 7 * 5 * (16 + 24)
     merged = (7, 2, 16), (2, 7), (7, 2, 16), (2, 7)

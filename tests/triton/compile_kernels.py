@@ -156,12 +156,22 @@ def _norm_calls(kernels: Any) -> Iterator[Any]:
             yield kernels.add_layer_norm_triton(rows, rows, vector, vector)
             yield kernels.add_rms_norm_backward_triton(rows, rows, rows, vector, 1e-6, False)
             yield kernels.add_layer_norm_backward_triton(rows, rows, rows, vector, vector, 1e-5)
+            yield from _token_prepend(kernels, rows, rows, vector)
     for width in (77, 8192):
         rows, vector = torch.empty(2048, width, dtype=torch.bfloat16), torch.empty(width)
         yield kernels.add_rms_norm_triton(rows, None, vector, 1e-6, True)
         yield kernels.add_layer_norm_triton(rows, None, vector, None)
         yield kernels.add_rms_norm_backward_triton(rows, None, rows, vector, 1e-6, True)
         yield kernels.add_layer_norm_backward_triton(rows, rows, rows, vector, vector, 1e-5)
+        yield from _token_prepend(kernels, rows, None, vector)
+
+
+def _token_prepend(kernels: Any, rows: Tensor, residual: Tensor | None, weight: Tensor) -> Iterator[Any]:
+    sources, targets = torch.arange(64), torch.arange(64, 128)
+    yield kernels.token_prepend_triton(rows, sources, targets)
+    yield kernels.token_prepend_backward_triton(rows, sources, targets)
+    yield kernels.token_prepend_rms_norm_triton(rows, residual, sources, targets, weight, 1e-6, residual is None)
+    yield kernels.token_prepend_rms_norm_backward_triton(rows, residual, rows, sources, targets, weight, 1e-6, False)
 
 
 def _pooling_calls(kernels: Any) -> Iterator[Any]:

@@ -106,7 +106,7 @@ def test_wide_loads():
     """384 dimensions, and 384 bits, are read 16 bytes at a time."""
     readers = ("_pack_bits_kernel", "_distance_kernel", "score_kernel", "pool_kernel", "row_gradient_kernel")
     readers += ("norm_kernel", "norm_gradient_kernel", "grouped_softmax_kernel", "grouped_softmax_gradient_kernel")
-    readers += ("gated_pool_kernel", "gated_gradient_kernel")
+    readers += ("gated_pool_kernel", "gated_gradient_kernel", "copy_rows_kernel", "return_gradients_kernel")
     for kernel in readers:
         assert [k for k in _compiled()[1] if k["kernel"] == kernel and "LDG.E.128" in k["opcodes"]], kernel
 
