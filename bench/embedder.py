@@ -6,6 +6,7 @@ all-MiniLM-L6-v2, an encoder, and where it is installed SmolLM2-135M, a decoder,
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Callable
 from functools import cache, partial
 from importlib.util import find_spec
@@ -72,9 +73,11 @@ def _sentence_transformer(model: str, dtype: torch.dtype, device: torch.device) 
     options: dict[str, Any] = {"model_kwargs": {"dtype": dtype}}
     if model == _MINILM:
         return SentenceTransformer(str(minilm_directory()), device=str(device), **options)
-    transformer = Transformer(str(smollm2_directory()), max_seq_length=_SMOLLM2_TOKENS, **options)
-    # which would wrap each text in a conversation
-    transformer.processor.chat_template = None
+    with tempfile.TemporaryDirectory() as plain:  # less the chat template, which would make each text a conversation
+        for file in smollm2_directory().iterdir():
+            if file.name != "chat_template.jinja":
+                (Path(plain) / file.name).symlink_to(file)
+        transformer = Transformer(plain, max_seq_length=_SMOLLM2_TOKENS, **options)
     width = transformer.get_embedding_dimension()
     return SentenceTransformer(modules=[transformer, Pooling(width, "mean"), Normalize()], device=str(device))
 
