@@ -89,13 +89,28 @@ def _padded(x: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
 
 
 def _verifier(exact: Tensor, dtype: torch.dtype) -> Callable[[Any], None]:
-    """Unit vectors: their cosine, which a head's dozen roundings may lower, with that of float32."""
+    """Unit vectors: in float32 every coordinate, in bfloat16 the cosine, which a head's dozen roundings may lower."""
 
-    def verify(answer: Any) -> None:
-        vectors = answer[0] if isinstance(answer, tuple) else answer
+    def verify(vectors: Tensor) -> None:
         assert vectors.shape == exact.shape, f"shape {tuple(vectors.shape)}, expected {tuple(exact.shape)}"
+        if dtype == torch.float32:
+            worst = float((vectors - exact).abs().max())
+            assert worst <= 1e-6, f"a coordinate differs by {worst:.3g} from the published head's"
+            return
         cosine = float((vectors.double() * exact.double()).sum(1).min())
-        assert cosine >= 1 - 4 * torch.finfo(dtype).eps, f"cosine {cosine:.7f} with the float32 vectors"
+        assert cosine >= 1 - 4 * torch.finfo(dtype).eps, f"cosine {cosine:.7f} with the plain head's vectors"
+
+    return verify
+
+
+def _gradient_verifier(vectors: Tensor, gradient: Tensor, dtype: torch.dtype) -> Callable[[Any], None]:
+    """The vectors and, by its direction, the gradient of the hidden states."""
+    verify_vectors, exact = _verifier(vectors, dtype), gradient.double().flatten()
+
+    def verify(answer: tuple[Tensor, Tensor]) -> None:
+        verify_vectors(answer[0])
+        cosine = float(torch.cosine_similarity(answer[1].double().flatten(), exact, 0))
+        assert cosine >= 1 - 4 * torch.finfo(dtype).eps, f"gradient has cosine {cosine:.7f} with plain torch's"
 
     return verify
 
@@ -151,7 +166,8 @@ def _build_training(sequences: int, longest: int, dtype: torch.dtype, room: Room
         return both
 
     ours, plain = call(lambda: head(x, cu_seqlens)), call(lambda: _plain_folded(head, head._fold(), x, cu_seqlens))
-    verify = _verifier(_exact(dtype, x.detach(), lengths, cu_seqlens), dtype)
+    vectors, gradient = plain(0)
+    verify = _gradient_verifier(vectors, gradient, dtype)
     return [
         Contender(OURS, ours, verify, role="ours", note="forms each block again in the backward pass"),
         Contender(FOLDED, plain, verify, note="keeps every activation"),

@@ -65,7 +65,7 @@ def _bits_quality(codes: np.ndarray, bits: int, categories: np.ndarray) -> Quali
     return by_distance(lambda block: ek.hamming_distance(tensor[block], tensor).numpy(), bits, categories)
 
 
-def _unit(vectors: np.ndarray) -> np.ndarray:
+def unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
@@ -75,7 +75,7 @@ def _cosine_quality(vectors: Any, categories: np.ndarray) -> Quality:
 
 def _filtered_quality(codes: np.ndarray, vectors: np.ndarray, categories: np.ndarray) -> Quality:
     """The nearest codes by the cosine of their real rows, then the others by distance, ties by index."""
-    tensor, vectors = torch.from_numpy(codes), _unit(vectors)
+    tensor, vectors = torch.from_numpy(codes), unit(vectors)
 
     def scores(block: slice) -> np.ndarray:
         distances = ek.hamming_distance(tensor[block], tensor).numpy()
@@ -134,7 +134,7 @@ def _doc2vec(split: Split) -> list[Row]:
         # the best of three settings on definitions out of the training split; two workers do not repeat to the bit
         model = Doc2Vec(documents, vector_size=width, dm=0, negative=5, min_count=5, epochs=40, workers=2, seed=_SEED)
         model.random.seed(_SEED)
-        vectors = _unit(np.stack([model.infer_vector(words_of(text)) for text in split.held_out]))
+        vectors = unit(np.stack([model.infer_vector(words_of(text)) for text in split.held_out]))
         name = f"gensim Doc2Vec, PV-DBOW, {width} numbers, cosine"
         found.append((name, 4.0 * width, _cosine_quality(vectors, split.categories)))
     return found
@@ -145,7 +145,7 @@ def _minilm(split: Split) -> list[Row]:
     codes = ek.pack_bits(torch.from_numpy(vectors)).numpy()
     return [
         ("all-MiniLM-L6-v2 (trained elsewhere), 384 bits", 48.0, _bits_quality(codes, 384, split.categories)),
-        ("all-MiniLM-L6-v2, 384 numbers, cosine", 1536.0, _cosine_quality(_unit(vectors), split.categories)),
+        ("all-MiniLM-L6-v2, 384 numbers, cosine", 1536.0, _cosine_quality(unit(vectors), split.categories)),
     ]
 
 

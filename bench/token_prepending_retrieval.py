@@ -20,13 +20,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from scipy.stats import spearmanr
 from tqdm import tqdm
 
 if __package__ in (None, ""):  # run as a file: its package is the folder above
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from bench import machine, results
-from bench.paragraph_vector_retrieval import read_wordnet
+from bench.paragraph_vector_retrieval import read_wordnet, unit
 from bench.ranking import ordered
 from embedding_kernels.demo_data import read_bible, smollm2_directory
 from embedding_kernels.models import TokenPrependingEmbedder
@@ -64,21 +65,11 @@ class Task(NamedTuple):
 
 
 def _cosines(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    return _unit(left) @ _unit(right).T
-
-
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 0, equal values at their mean."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts + 1) / 2)[inverse]
+    return unit(left) @ unit(right).T
 
 
 def _spearman(left: np.ndarray, right: np.ndarray) -> float:
-    return float(np.corrcoef(_ranks(left), _ranks(right))[0, 1])
+    return float(spearmanr(left, right).statistic)
 
 
 def _mean(values: np.ndarray, chosen: np.ndarray) -> float:
@@ -127,7 +118,7 @@ def _words() -> Task:
     human = np.array([float(pair[2]) for pair in pairs])
 
     def prepare(vectors: np.ndarray) -> np.ndarray:
-        return (_unit(vectors[left]) * _unit(vectors[right])).sum(1)
+        return (unit(vectors[left]) * unit(vectors[right])).sum(1)
 
     def measure(cosines: np.ndarray, chosen: np.ndarray) -> float:
         return _spearman(cosines[chosen], human[chosen])
