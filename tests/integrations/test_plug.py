@@ -16,6 +16,7 @@ from transformers.models.bert.modeling_bert import BertSelfAttention
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from embedding_kernels import use_backend
+from embedding_kernels.integrations import transformers as transformers_plug
 from embedding_kernels.integrations.transformers import NAME, packed_forward, plug_attention, unplug_attention
 from integrations.families import (
     FAMILIES,
@@ -323,3 +324,13 @@ def test_use_backend_reaches_the_layers():
     model = plug_attention(make("BERT"))
     with use_backend("cuda"), pytest.raises(ValueError, match="varlen_attention: backend must be one that runs on cpu"):
         run_packed(model, None)
+
+
+def test_an_exception_ends_the_forward_for_the_guard():
+    model = plug_attention(make("BERT"))
+    handle = model.encoder.layer[0].register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(torch.tensor([[1, 2, 3]]))
+    handle.remove()
+    assert id(getattr(model, transformers_plug._PLUG)) not in transformers_plug._forwards()
+    model(torch.tensor([[1, 2, 3]]))

@@ -110,7 +110,7 @@ def plug_attention(model: Any) -> Any:
             _tabulate_bias(layer)
     plug.handles = (
         model.register_forward_pre_hook(_open_forward, with_kwargs=True),
-        model.register_forward_hook(_close_forward),
+        model.register_forward_hook(_close_forward, always_call=True),
     )
     setattr(model, _PLUG, plug)
     return model
@@ -197,18 +197,14 @@ def packed_forward(
         arguments["is_causal"] = is_causal
     if bidirectional:
         arguments[BIDIRECTIONAL] = True
-    try:
-        output = model(
-            input_ids=input_ids[None],
-            cu_seq_lens_q=cu_seqlens,
-            cu_seq_lens_k=cu_seqlens,
-            max_length_q=max_seqlen,
-            max_length_k=max_seqlen,
-            **arguments,
-        )
-    finally:
-        if not torch.compiler.is_compiling():  # a forward that an exception ended does not reach the guard's own hook
-            _forwards().pop(id(plug), None)
+    output = model(
+        input_ids=input_ids[None],
+        cu_seq_lens_q=cu_seqlens,
+        cu_seq_lens_k=cu_seqlens,
+        max_length_q=max_seqlen,
+        max_length_k=max_seqlen,
+        **arguments,
+    )
     hidden = getattr(output, "last_hidden_state", None)
     if hidden is None:
         raise ValueError(f"packed_forward: model must be a base model with a last hidden state, got {_name(model)}")
@@ -372,6 +368,8 @@ def _close_forward(model: Any, args: Any, output: Any) -> None:
     if torch.compiler.is_compiling() or id(plug) not in _forwards():
         return
     came = _forwards().pop(id(plug)).came
+    if output is None:  # an exception ended the forward
+        return
     missing = sorted(plug.layers - came)
     if missing:
         names = ", ".join(missing[:3]) + (", …" if len(missing) > 3 else "")
