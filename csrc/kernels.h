@@ -14,6 +14,13 @@ using torch::stable::Tensor;
 
 namespace cpu {
 
+Tensor anchor_attention(Tensor views, Tensor queries, Tensor cu_passages);
+std::tuple<Tensor, Tensor> anchor_attention_backward(Tensor grad, Tensor views, Tensor queries, Tensor cu_passages);
+Tensor anchor_scores(Tensor views, Tensor anchors, Tensor cu_passages, bool per_view);
+std::tuple<Tensor, Tensor> anchor_scores_backward(Tensor grad, Tensor views, Tensor anchors, Tensor cu_passages,
+                                                  bool per_view);
+std::tuple<Tensor, Tensor> anchor_topk(Tensor views, Tensor anchors, Tensor cu_passages, int64_t k);
+
 // The options of varlen_attention, in the order of its schema.
 #define EK_ATTENTION_OPTIONS                                                                            \
   std::optional<double> scale, bool causal, int64_t window_left, int64_t window_right, double softcap,  \

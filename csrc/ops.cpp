@@ -24,6 +24,9 @@
   "max_seqlen_k, " VARLEN_ATTENTION_OPTIONS ") -> (Tensor, Tensor)"
 #define MERGE_ATTENTION_SIGNATURE "(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor, Tensor)"
 
+#define ANCHOR_ATTENTION_SIGNATURE "(Tensor views, Tensor queries, Tensor cu_passages) -> Tensor"
+#define ANCHOR_SCORES_SIGNATURE "(Tensor views, Tensor anchors, Tensor cu_passages, bool per_view=False) -> Tensor"
+
 #define GROUPED_SOFTMAX_SIGNATURE "(Tensor scores, SymInt groups) -> Tensor"
 #define GEGLU_SEGMENT_POOL_SIGNATURE                                                                       \
   "(Tensor hidden, Tensor? bias, Tensor cu_seqlens, Tensor? weights=None, ScalarType? out_dtype=None) -> " \
@@ -40,6 +43,16 @@
   "one_plus_weight=False) -> (Tensor, Tensor)"
 
 STABLE_TORCH_LIBRARY(embedding_kernels, m) {
+  // anchor scores
+  m.def("anchor_attention" ANCHOR_ATTENTION_SIGNATURE);
+  m.def("anchor_attention_forward" ANCHOR_ATTENTION_SIGNATURE);
+  m.def("anchor_attention_backward(Tensor grad, Tensor views, Tensor queries, Tensor cu_passages) -> (Tensor, Tensor)");
+  m.def("anchor_scores" ANCHOR_SCORES_SIGNATURE);
+  m.def("anchor_scores_forward" ANCHOR_SCORES_SIGNATURE);
+  m.def(
+      "anchor_scores_backward(Tensor grad, Tensor views, Tensor anchors, Tensor cu_passages, bool per_view) -> "
+      "(Tensor, Tensor)");
+  m.def("anchor_topk(Tensor views, Tensor anchors, Tensor cu_passages, SymInt k) -> (Tensor, Tensor)");
   // attention
   m.def("varlen_attention" VARLEN_ATTENTION_SIGNATURE);
   m.def("varlen_attention_forward" VARLEN_ATTENTION_SIGNATURE);
@@ -114,6 +127,13 @@ STABLE_TORCH_LIBRARY(embedding_kernels, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(embedding_kernels, CPU, m) {
   using namespace embedding_kernels;
+  m.impl("anchor_attention", TORCH_BOX(&cpu::anchor_attention));
+  m.impl("anchor_attention_forward", TORCH_BOX(&cpu::anchor_attention));
+  m.impl("anchor_attention_backward", TORCH_BOX(&cpu::anchor_attention_backward));
+  m.impl("anchor_scores", TORCH_BOX(&cpu::anchor_scores));
+  m.impl("anchor_scores_forward", TORCH_BOX(&cpu::anchor_scores));
+  m.impl("anchor_scores_backward", TORCH_BOX(&cpu::anchor_scores_backward));
+  m.impl("anchor_topk", TORCH_BOX(&cpu::anchor_topk));
   m.impl("varlen_attention", TORCH_BOX(&cpu::varlen_attention));
   m.impl("varlen_attention_forward", TORCH_BOX(&cpu::varlen_attention));
   m.impl("varlen_attention_backward", TORCH_BOX(&cpu::varlen_attention_backward));

@@ -1,4 +1,5 @@
 // One line a family: the table of inner loops for the level that isa() chose.
+#include "anchor_scores.h"
 #include "attention.h"
 #include "hamming.h"
 #include "isa.h"
@@ -43,6 +44,7 @@ namespace embedding_kernels {
 #define EK_DISPATCH_AMX EK_DISPATCH
 #endif
 
+EK_DISPATCH(AnchorScoresLoops, anchor_scores_loops)
 EK_DISPATCH_AMX(AttentionLoops, attention_loops)
 EK_DISPATCH_AMX(AttentionBackwardLoops, attention_backward_loops)
 EK_DISPATCH_AMX(HammingLoops, hamming_loops)

@@ -1,13 +1,13 @@
-// Splitting and selection for rescoring. Knows no torch and no threads; see hamming_driver.h.
+// Splitting for rescoring. Knows no torch and no threads; see hamming_driver.h.
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <vector>
 
 #include "rescore.h"
+#include "selection.h"
 
 namespace embedding_kernels {
 
@@ -30,20 +30,6 @@ struct Rescoring {
 constexpr int64_t kFetchAhead = 6;
 constexpr int64_t kCandidatesATask = 256;
 constexpr int64_t kScoresAtOnce = int64_t{1} << 22;
-
-struct Scored {
-  float score;
-  int64_t index;
-};
-
-// A score that is not a number comes after every number, an absent candidate after everything.
-inline bool comes_before(const Scored& a, const Scored& b) {
-  const bool a_absent = a.index < 0, b_absent = b.index < 0;
-  if (a_absent || b_absent) return !a_absent && b_absent;
-  const float least = -std::numeric_limits<float>::infinity();
-  const float left = std::isnan(a.score) ? least : a.score, right = std::isnan(b.score) ? least : b.score;
-  return left != right ? left > right : a.index < b.index;
-}
 
 inline void fetch(const Rescoring& r, const int64_t* candidates, int64_t place, int64_t row_bytes) {
   if (place >= r.candidate_count || candidates[place] < 0) return;
@@ -70,18 +56,6 @@ inline void score_part(const RescoreLoops& loops, const Rescoring& r, int64_t qu
   }
 }
 
-inline void select_best(const Rescoring& r, int64_t query, Scored* scored) {
-  const int64_t kept = std::min(r.k, r.candidate_count);
-  if (kept < r.candidate_count) std::nth_element(scored, scored + kept, scored + r.candidate_count, comes_before);
-  std::sort(scored, scored + kept, comes_before);
-  float* scores = r.scores + query * r.k;
-  int64_t* indices = r.indices + query * r.k;
-  for (int64_t i = 0; i < r.k; ++i) {
-    scores[i] = i < kept ? scored[i].score : -std::numeric_limits<float>::infinity();
-    indices[i] = i < kept ? scored[i].index : -1;
-  }
-}
-
 template <class ParallelFor>
 void rescore_topk(const RescoreLoops& loops, const Rescoring& r, int64_t threads, const ParallelFor& parallel_for) {
   const int64_t width = (r.dim + 15) / 16 * 16;
@@ -97,8 +71,10 @@ void rescore_topk(const RescoreLoops& loops, const Rescoring& r, int64_t threads
       score_part(loops, r, first + query, r.candidate_count * part / parts, r.candidate_count * (part + 1) / parts,
                  laid_out, scored.data() + query * r.candidate_count);
     });
-    parallel_for(queries,
-                 [&](int64_t query) { select_best(r, first + query, scored.data() + query * r.candidate_count); });
+    parallel_for(queries, [&](int64_t query) {
+      select_best(scored.data() + query * r.candidate_count, r.candidate_count, r.k, r.scores + (first + query) * r.k,
+                  r.indices + (first + query) * r.k);
+    });
   }
 }
 

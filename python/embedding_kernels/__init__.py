@@ -14,6 +14,9 @@ __version__ = "0.1.0"
 
 # public name -> module that defines it; imported on first use, so that torch is not a cost of `import`
 _LAZY = {
+    "anchor_attention": ".ops.anchor_scores",
+    "anchor_scores": ".ops.anchor_scores",
+    "anchor_topk": ".ops.anchor_scores",
     "varlen_attention": ".ops.attention",
     "merge_attention": ".ops.attention",
     "pack_bits": ".ops.hamming",
@@ -50,6 +53,9 @@ if TYPE_CHECKING:
     from .models import BinaryParagraphVector as BinaryParagraphVector
     from .models import Embedder as Embedder
     from .models import TokenPrependingEmbedder as TokenPrependingEmbedder
+    from .ops.anchor_scores import anchor_attention as anchor_attention
+    from .ops.anchor_scores import anchor_scores as anchor_scores
+    from .ops.anchor_scores import anchor_topk as anchor_topk
     from .ops.attention import merge_attention as merge_attention
     from .ops.attention import varlen_attention as varlen_attention
     from .ops.backend import use_backend as use_backend

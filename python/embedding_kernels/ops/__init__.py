@@ -1,6 +1,9 @@
 """Public operators: docstrings, checks, shape functions, gradients and the choice of backend."""
 
 from .. import _library as _library
+from .anchor_scores import anchor_attention as anchor_attention
+from .anchor_scores import anchor_scores as anchor_scores
+from .anchor_scores import anchor_topk as anchor_topk
 from .attention import merge_attention as merge_attention
 from .attention import varlen_attention as varlen_attention
 from .backend import use_backend as use_backend

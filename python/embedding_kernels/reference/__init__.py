@@ -6,6 +6,9 @@ from . import latent_attention as latent_attention
 from . import norm as norm
 from . import paragraph_vector as paragraph_vector
 from . import pooling as pooling
+from .anchor_scores import anchor_attention as anchor_attention
+from .anchor_scores import anchor_scores as anchor_scores
+from .anchor_scores import anchor_topk as anchor_topk
 from .attention import merge_attention as merge_attention
 from .attention import varlen_attention as varlen_attention
 from .hamming import hamming_distance as hamming_distance

@@ -1,0 +1,208 @@
+// Splitting for the anchor scores family. Knows no torch and no threads: `parallel_for(count, task)` is given, and runs
+// task(0) ... task(count - 1), each once. Results do not depend on the threads.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "anchor_scores.h"
+#include "selection.h"
+
+namespace embedding_kernels {
+
+// Strides of a tensor, in bytes; the last dimension is dense.
+struct AnchorTensor {
+  const uint8_t* data;
+  int64_t strides[3];
+
+  AnchorRows rows(int64_t first, int64_t view, int64_t count) const {
+    return {data + first * strides[0] + view * strides[1], strides[0], count};
+  }
+  // of [Q, m, H, D]: the heads of one query and view
+  AnchorRows heads(int64_t query, int64_t view, int64_t count) const {
+    return {data + query * strides[0] + view * strides[1], strides[2], count};
+  }
+};
+
+// Views of passages, and what meets them: queries [Q, m, H, D], or anchors [Q, m, D] with `heads` of 1.
+struct Anchoring {
+  Dtype dtype;
+  AnchorTensor views, queries;
+  const int32_t* offsets;  // [count + 1]
+  int64_t count, view_count, heads, dim;
+
+  int64_t passages(int64_t query) const { return offsets[query + 1] - offsets[query]; }
+  AnchorRows own_views(int64_t query, int64_t view) const { return views.rows(offsets[query], view, passages(query)); }
+  int64_t row_bytes() const { return dim * dtype_bytes(dtype); }
+};
+
+// Sums over passages run in blocks, whose sums are then added: the roundings of one long sum would show.
+constexpr int64_t kPassagesAtOnce = 128;
+constexpr int64_t kHeadsATask = 4;
+
+inline int64_t in_whole_vectors(int64_t count) { return (count + 15) / 16 * 16; }
+
+// out += weights times rows, block by block.
+inline void mix_in_blocks(const AnchorScoresLoops& loops, const Anchoring& a, const AnchorWeights& weights,
+                          int64_t out_rows, const AnchorRows& rows, float* out) {
+  for (int64_t first = 0; first < rows.count; first += kPassagesAtOnce) {
+    const AnchorWeights part = {weights.data + first * weights.column_step, weights.row_step, weights.column_step};
+    loops.mix[a.dtype](part, out_rows, rows.part(first, std::min(kPassagesAtOnce, rows.count - first)), a.dim, out);
+  }
+}
+
+// Softmax of heads and passages of one query and view, [heads.count, room] in rows of whole vectors.
+inline std::vector<float> anchor_weights(const AnchorScoresLoops& loops, const Anchoring& a, const AnchorRows& heads,
+                                         const AnchorRows& rows) {
+  const int64_t room = in_whole_vectors(rows.count);
+  std::vector<float> weights(heads.count * room);
+  loops.dots[a.dtype](heads, rows, a.dim, weights.data(), room);
+  for (int64_t h = 0; h < heads.count; ++h) loops.softmax(weights.data() + h * room, rows.count);
+  return weights;
+}
+
+// out: [Q, m, H, D], dense, of the dtype of the views.
+template <class ParallelFor>
+void anchor_attention(const AnchorScoresLoops& loops, const Anchoring& a, uint8_t* out,
+                      const ParallelFor& parallel_for) {
+  const int64_t parts = (a.heads + kHeadsATask - 1) / kHeadsATask;
+  parallel_for(a.count * a.view_count * parts, [&](int64_t task) {
+    const int64_t place = task / parts, first = task % parts * kHeadsATask;
+    const int64_t query = place / a.view_count, view = place % a.view_count;
+    const int64_t heads = std::min(kHeadsATask, a.heads - first);
+    const AnchorRows rows = a.own_views(query, view);
+    std::vector<float> mixed(heads * a.dim);
+    if (rows.count > 0) {
+      const AnchorRows own = a.queries.heads(query, view, a.heads).part(first, heads);
+      const std::vector<float> weights = anchor_weights(loops, a, own, rows);
+      mix_in_blocks(loops, a, {weights.data(), in_whole_vectors(rows.count), 1}, heads, rows, mixed.data());
+    }
+    loops.store[a.dtype](mixed.data(), heads * a.dim, out + (place * a.heads + first) * a.row_bytes());
+  });
+}
+
+struct AnchorGradients {
+  AnchorTensor grad;  // like the queries
+  uint8_t* views;     // dense, like the inputs
+  uint8_t* queries;
+};
+
+// Gradients of one query and view; with p the weights and ds the gradients of the scores, those of the views are
+// p^T grad + ds^T queries.
+inline void anchor_attention_backward_at(const AnchorScoresLoops& loops, const Anchoring& a, const AnchorGradients& out,
+                                         int64_t query, int64_t view) {
+  const AnchorRows rows = a.own_views(query, view);
+  const AnchorRows own = a.queries.heads(query, view, a.heads), grad = out.grad.heads(query, view, a.heads);
+  const int64_t room = in_whole_vectors(rows.count);
+  std::vector<float> mixed(a.heads * a.dim);
+  uint8_t* const to = out.queries + (query * a.view_count + view) * a.heads * a.row_bytes();
+  if (rows.count == 0) return loops.store[a.dtype](mixed.data(), a.heads * a.dim, to);
+  const std::vector<float> weights = anchor_weights(loops, a, own, rows);
+  std::vector<float> slopes(a.heads * room);
+  loops.dots[a.dtype](grad, rows, a.dim, slopes.data(), room);
+  for (int64_t h = 0; h < a.heads; ++h) {
+    loops.softmax_backward(slopes.data() + h * room, weights.data() + h * room, rows.count);
+  }
+  mix_in_blocks(loops, a, {slopes.data(), room, 1}, a.heads, rows, mixed.data());
+  loops.store[a.dtype](mixed.data(), a.heads * a.dim, to);
+  std::vector<float> sum(a.dim);
+  for (int64_t i = 0; i < rows.count; ++i) {
+    std::fill(sum.begin(), sum.end(), 0.0f);
+    loops.mix[a.dtype]({weights.data() + i, 1, room}, 1, grad, a.dim, sum.data());
+    loops.mix[a.dtype]({slopes.data() + i, 1, room}, 1, own, a.dim, sum.data());
+    loops.store[a.dtype](sum.data(), a.dim, out.views + ((a.offsets[query] + i) * a.view_count + view) * a.row_bytes());
+  }
+}
+
+template <class ParallelFor>
+void anchor_attention_backward(const AnchorScoresLoops& loops, const Anchoring& a, const AnchorGradients& out,
+                               const ParallelFor& parallel_for) {
+  parallel_for(a.count * a.view_count, [&](int64_t task) {
+    anchor_attention_backward_at(loops, a, out, task / a.view_count, task % a.view_count);
+  });
+}
+
+// store(passage, view, products, count) takes the products of passages [passage, passage + count) with one view's
+// anchor; all views of a passage are stored by one task, in order.
+template <class ParallelFor, class Store>
+void anchor_products(const AnchorScoresLoops& loops, const Anchoring& a, const ParallelFor& parallel_for,
+                     const Store& store) {
+  const int64_t total = a.offsets[a.count];
+  parallel_for((total + kPassagesAtOnce - 1) / kPassagesAtOnce, [&](int64_t task) {
+    const int64_t begin = task * kPassagesAtOnce, end = std::min(total, begin + kPassagesAtOnce);
+    // the query of the first passage: the last whose passages begin at or before it
+    int64_t query = std::upper_bound(a.offsets, a.offsets + a.count + 1, begin) - a.offsets - 1;
+    float products[kPassagesAtOnce];
+    for (int64_t passage = begin; passage < end; ++query) {
+      const int64_t count = std::min<int64_t>(end, a.offsets[query + 1]) - passage;
+      for (int64_t view = 0; count > 0 && view < a.view_count; ++view) {
+        loops.dots[a.dtype](a.queries.rows(query, view, 1), a.views.rows(passage, view, count), a.dim, products,
+                            kPassagesAtOnce);
+        store(passage, view, products, count);
+      }
+      passage += count;
+    }
+  });
+}
+
+// scores: [P], or [P, m] with per_view.
+template <class ParallelFor>
+void anchor_scores(const AnchorScoresLoops& loops, const Anchoring& a, bool per_view, float* scores,
+                   const ParallelFor& parallel_for) {
+  const float last = static_cast<float>(a.view_count);
+  anchor_products(loops, a, parallel_for, [&](int64_t passage, int64_t view, const float* products, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+      if (per_view) {
+        scores[(passage + i) * a.view_count + view] = products[i];
+        continue;
+      }
+      float& score = scores[passage + i];
+      score = view == 0 ? products[i] : score + products[i];
+      if (view + 1 == a.view_count) score /= last;
+    }
+  });
+}
+
+struct AnchorScoreGradients {
+  const float* grad;  // [P], or [P, m] with per_view
+  bool per_view;
+  uint8_t* views;  // dense, like the inputs
+  uint8_t* anchors;
+};
+
+template <class ParallelFor>
+void anchor_scores_backward(const AnchorScoresLoops& loops, const Anchoring& a, const AnchorScoreGradients& out,
+                            const ParallelFor& parallel_for) {
+  const float share = out.per_view ? 1.0f : 1.0f / static_cast<float>(a.view_count);
+  parallel_for(a.count * a.view_count, [&](int64_t task) {
+    const int64_t query = task / a.view_count, view = task % a.view_count, first = a.offsets[query];
+    const AnchorRows rows = a.own_views(query, view), anchor = a.queries.rows(query, view, 1);
+    std::vector<float> weights(rows.count), sum(a.dim);
+    for (int64_t i = 0; i < rows.count; ++i) {
+      weights[i] = share * (out.per_view ? out.grad[(first + i) * a.view_count + view] : out.grad[first + i]);
+    }
+    mix_in_blocks(loops, a, {weights.data(), 0, 1}, 1, rows, sum.data());
+    loops.store[a.dtype](sum.data(), a.dim, out.anchors + task * a.row_bytes());
+    for (int64_t i = 0; i < rows.count; ++i) {
+      std::fill(sum.begin(), sum.end(), 0.0f);
+      loops.mix[a.dtype]({weights.data() + i, 0, 0}, 1, anchor, a.dim, sum.data());
+      loops.store[a.dtype](sum.data(), a.dim, out.views + ((first + i) * a.view_count + view) * a.row_bytes());
+    }
+  });
+}
+
+// best, places: [Q, k].
+template <class ParallelFor>
+void anchor_topk(const AnchorScoresLoops& loops, const Anchoring& a, int64_t k, float* best, int64_t* places,
+                 const ParallelFor& parallel_for) {
+  std::vector<float> scores(a.offsets[a.count]);
+  anchor_scores(loops, a, false, scores.data(), parallel_for);
+  parallel_for(a.count, [&](int64_t query) {
+    std::vector<Scored> scored(a.passages(query));
+    for (int64_t i = 0; i < a.passages(query); ++i) scored[i] = {scores[a.offsets[query] + i], i};
+    select_best(scored.data(), a.passages(query), k, best + query * k, places + query * k);
+  });
+}
+
+}  // namespace embedding_kernels
