@@ -41,6 +41,7 @@ _LAZY = {
     "ShardedBinaryIndex": ".index",
     "BinaryParagraphVector": ".models",
     "Embedder": ".models",
+    "MultiViewReranker": ".models",
     "TokenPrependingEmbedder": ".models",
 }
 _SUBMODULES = ("cli", "doctor", "index", "integrations", "models", "nn", "numpy", "ops", "reference")
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from .index import ShardedBinaryIndex as ShardedBinaryIndex
     from .models import BinaryParagraphVector as BinaryParagraphVector
     from .models import Embedder as Embedder
+    from .models import MultiViewReranker as MultiViewReranker
     from .models import TokenPrependingEmbedder as TokenPrependingEmbedder
     from .ops.anchor_scores import anchor_attention as anchor_attention
     from .ops.anchor_scores import anchor_scores as anchor_scores

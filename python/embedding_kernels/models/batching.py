@@ -16,6 +16,12 @@ if TYPE_CHECKING:
 
 # transformers marks "no limit" by an integer near 1e30
 _NO_LIMIT = 1_000_000
+# a batch on a CPU: more than some 500 tokens a thread only lessen fixed costs, and a block of 32 MiB or more (glibc's
+# limit) is mapped and zeroed anew at each allocation, so the widest activation stays below that
+_CPU_ACTIVATION_BYTES = 24 * 2**20
+_CPU_TOKENS_PER_THREAD = 512
+_CPU_MOST_TOKENS = 16_384
+_GPU_TOKENS = 32_768
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,18 @@ class TokenizedTexts:
         self._columns = columns
         self._pad_values = pad_values
         self._starts = np.concatenate(([0], np.cumsum(lengths)))
+
+    def key(self, row: int) -> tuple[int, bytes]:
+        """What orders texts by their tokens alone, and is the same for equal ones."""
+        tokens = slice(self._starts[row], self._starts[row + 1])
+        return int(self.lengths[row]), b"".join(flat[tokens].tobytes() for flat in self._columns.values())
+
+    def take(self, rows: np.ndarray) -> TokenizedTexts:
+        """Those texts alone, in that order."""
+        lengths = self.lengths[rows]
+        firsts = self._starts[rows] - np.concatenate(([0], np.cumsum(lengths)[:-1]))[: len(rows)]
+        tokens = np.arange(lengths.sum()) + np.repeat(firsts, lengths)
+        return TokenizedTexts({name: flat[tokens] for name, flat in self._columns.items()}, lengths, self._pad_values)
 
     def batches(self, token_budget: int, max_texts: int | None) -> Iterator[Batch]:
         """In the order given, each of at most ``token_budget`` tokens (or one text) and ``max_texts`` texts."""
@@ -94,14 +112,8 @@ class TextTokenizer:
 
     def __call__(self, texts: list[str]) -> TokenizedTexts:
         """Tokenise, cut at ``max_seq_length``."""
-        encoded = self.tokenizer(
-            texts,
-            truncation=self.max_seq_length is not None,
-            max_length=self.max_seq_length,
-            return_attention_mask=False,
-            return_token_type_ids="token_type_ids" in self._columns,
-            verbose=False,
-        )
+        # transformers takes one or more
+        encoded = self._encoded(texts) if texts else {column: [] for column in self._columns}
         ids = encoded["input_ids"]
         lengths = np.fromiter(map(len, ids), np.int64, len(ids))
         total = int(lengths.sum())
@@ -111,6 +123,16 @@ class TextTokenizer:
             "token_type_ids": self.tokenizer.pad_token_type_id,
         }
         return TokenizedTexts(columns, lengths, pad_values)
+
+    def _encoded(self, texts: list[str]) -> Any:
+        return self.tokenizer(
+            texts,
+            truncation=self.max_seq_length is not None,
+            max_length=self.max_seq_length,
+            return_attention_mask=False,
+            return_token_type_ids="token_type_ids" in self._columns,
+            verbose=False,
+        )
 
     def prompt_tokens(self, prompt: str, how: str, batch: Batch) -> np.ndarray:
         """Tokens at the start of each text of a batch that count as those of ``prompt``, int64 ``[b]``.
@@ -148,3 +170,18 @@ def windows(total: int, size: int) -> Iterator[tuple[int, int]]:
     """Consecutive ranges of at most ``size``: bounds the tokens held at once."""
     for start in range(0, total, size):
         yield start, min(start + size, total)
+
+
+def default_token_budget(model: Any) -> int:
+    """Tokens of a batch that suit the device of a transformers model."""
+    if model.device.type != "cpu":
+        return _GPU_TOKENS
+    config = model.config.get_text_config()
+    width = getattr(config, "intermediate_size", None) or getattr(config, "d_ff", None) or 4 * config.hidden_size
+    by_memory = _CPU_ACTIVATION_BYTES // (width * model.dtype.itemsize)
+    return min(max(by_memory, _CPU_TOKENS_PER_THREAD * torch.get_num_threads()), _CPU_MOST_TOKENS)
+
+
+def offsets_of(lengths: np.ndarray, device: torch.device) -> Tensor:
+    """int32 ``[b + 1]``: where each of so many rows begins."""
+    return torch.from_numpy(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)).to(device)

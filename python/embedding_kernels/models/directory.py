@@ -95,7 +95,7 @@ def read_directory(path: str | Path) -> DirectorySpec:
     ValueError
         if a file cannot be read, or asks for something that is not supported here; the message names it.
     """
-    root = _resolve(path)
+    root = resolve_directory(path)
     modules_file = root / "modules.json"
     if _is_nv_embed(root):
         # its modules.json names a plain mean, over a transformer that pools by itself
@@ -104,7 +104,7 @@ def read_directory(path: str | Path) -> DirectorySpec:
         spec = _read_modules(root, _read_json(modules_file))
     else:
         spec = DirectorySpec(root, _default_pooling(root))
-    _check_files(spec.transformer)
+    check_files(spec.transformer)
     return _with_model_config(spec, root)
 
 
@@ -122,7 +122,12 @@ def pooling_modes(pooling: str | Sequence[str], where: str) -> tuple[str, ...]:
     return modes
 
 
-def _resolve(path: str | Path) -> Path:
+def resolve_directory(path: str | Path) -> Path:
+    """The local directory of that name, or the Hub's repository of that name, downloaded.
+
+    Raises:
+        FileNotFoundError: there is neither.
+    """
     root = Path(path).expanduser()
     if root.is_dir():
         return root
@@ -147,7 +152,8 @@ def _read_json(file: Path) -> Any:
         raise ValueError(f"{file} is not valid JSON: {error}") from error
 
 
-def _check_files(transformer: Path) -> None:
+def check_files(transformer: Path) -> None:
+    """FileNotFoundError where a directory lacks a config, weights or a tokenizer."""
     if not (transformer / "config.json").is_file():
         raise FileNotFoundError(f"{transformer} holds no config.json: expected a Hugging Face model directory")
     if not any((transformer / name).is_file() for name in _WEIGHT_FILES):

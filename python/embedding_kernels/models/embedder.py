@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .._progress import progress_bar
 from ..ops.pooling import pack_padded
 from .backbones import hidden_after, layer_count, packed_backbone, padding_only_mask
-from .batching import Batch, TextTokenizer, windows
+from .batching import Batch, TextTokenizer, default_token_budget, offsets_of, windows
 from .directory import DirectorySpec, pooling_modes, read_directory
 from .loading import load_tokenizer, load_transformer
 from .nv_embed import load_nv_embed
@@ -29,13 +29,6 @@ _WINDOW = 32_768  # texts tokenised together, and sorted where they are padded
 # sentence-transformers' arguments for several processes, which wrappers pass along unset
 _UNUSED_OPTIONS = ("pool", "chunk_size")
 _OUTPUT_VALUES = ("sentence_embedding", "token_embeddings")
-
-# a batch on a CPU: more than some 500 tokens a thread only lessen fixed costs, and a block of 32 MiB or more (glibc's
-# limit) is mapped and zeroed anew at each allocation, so the widest activation stays below that
-_CPU_ACTIVATION_BYTES = 24 * 2**20
-_CPU_TOKENS_PER_THREAD = 512
-_CPU_MOST_TOKENS = 16_384
-_GPU_TOKENS = 32_768
 
 
 class Embedder:
@@ -82,7 +75,7 @@ class Embedder:
         self.default_prompt_name = spec.default_prompt_name
         self.truncate_dim = spec.truncate_dim
         self.matryoshka_dims = spec.matryoshka_dims
-        self.token_budget = _default_token_budget(self.model) if token_budget is None else token_budget
+        self.token_budget = default_token_budget(self.model) if token_budget is None else token_budget
         for name, value in (("token_budget", self.token_budget), ("max_seq_length", spec.max_seq_length)):
             if value is not None and value < 1:
                 raise ValueError(f"Embedder: {name} must be at least 1, got {value}")
@@ -418,7 +411,7 @@ class Embedder:
         if rows is None:
             return self._pooler(self._token_embeddings(batch, recipe.layer), batch.lengths, None, recipe)
         held = (batch.lengths > 0).astype(np.int64)
-        last_rows = torch.from_numpy(rows).to(self.device), _offsets(held, self.device)
+        last_rows = torch.from_numpy(rows).to(self.device), offsets_of(held, self.device)
         return self._pooler(self._token_embeddings(batch, recipe.layer, last_rows), held, None, recipe)
 
     def _token_embeddings(
@@ -437,21 +430,8 @@ class Embedder:
             hidden = forward() if layer is None else hidden_after(self.model, layer, forward)
             return pack_padded(hidden, mask, int(batch.lengths.sum()))
         inputs = {name: tensor.to(self.device) for name, tensor in batch.inputs.items()}
-        ids, cu_seqlens = inputs.pop("input_ids"), _offsets(batch.lengths, self.device)
+        ids, cu_seqlens = inputs.pop("input_ids"), offsets_of(batch.lengths, self.device)
         return self._backbone(ids, cu_seqlens, batch.longest, last_rows=last_rows, layer=layer, **inputs)
-
-
-def _offsets(lengths: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)).to(device)
-
-
-def _default_token_budget(model: Any) -> int:
-    if model.device.type != "cpu":
-        return _GPU_TOKENS
-    config = model.config.get_text_config()
-    width = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    by_memory = _CPU_ACTIVATION_BYTES // (width * model.dtype.itemsize)
-    return min(max(by_memory, _CPU_TOKENS_PER_THREAD * torch.get_num_threads()), _CPU_MOST_TOKENS)
 
 
 def _check_options(batch_size: Any, output_value: Any, precision: Any, device: Any, unknown: dict[str, Any]) -> None:

@@ -60,18 +60,29 @@ def load_transformer(
     if hasattr(config, "use_cache"):
         config.use_cache = False
     options: dict[str, Any] = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    with nullcontext() if layers is None else _without_report():
+        return load_weights(loader, path, config, device, dtype, **options)
+
+
+def load_weights(
+    loader: Any, path: Path, config: Any, device: torch.device, dtype: torch.dtype | None, **options: Any
+) -> nn.Module:
+    """A model of transformers' class ``loader`` with the weights of a directory, in evaluation mode on ``device``.
+
+    Raises:
+        ValueError: unreadable or incomplete weights.
+    """
     try:
         # shapes are judged below, where they can be named
-        with nullcontext() if layers is None else _without_report():
-            model, info = loader.from_pretrained(
-                path,
-                config=config,
-                dtype=dtype or "auto",
-                use_safetensors=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                **options,
-            )
+        model, info = loader.from_pretrained(
+            path,
+            config=config,
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
+        )
     except Exception as error:
         raise ValueError(f"{path} cannot be loaded by transformers: {_first_line(error)}") from error
     # transformers fills what is missing with random numbers; an unused pooler is missing in many models

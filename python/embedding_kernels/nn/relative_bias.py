@@ -96,8 +96,9 @@ class T5RelativeBias(nn.Module):
         return self.buckets.shape[0] // 2
 
     def forward(self) -> Tensor:
-        """float32 ``[H, 2R + 1]``."""
-        return self.weight[self.buckets].T.float()
+        """float32 ``[H, 2R + 1]``; float64 for a float64 weight."""
+        table = self.weight[self.buckets].T
+        return table if table.dtype == torch.float64 else table.float()
 
     def extra_repr(self) -> str:
         return (

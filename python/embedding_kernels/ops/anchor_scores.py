@@ -129,7 +129,9 @@ def _check_anchor_scores_backward(
 ) -> None:
     op = "anchor_scores_backward"
     _check_anchor_scores(op, views, anchors, cu_passages)
-    check_tensor(op, "grad", grad, f"a float32 tensor {'[P, m]' if per_view else '[P]'}", (torch.float32,), 1 + per_view)
+    check_tensor(
+        op, "grad", grad, f"a float32 tensor {'[P, m]' if per_view else '[P]'}", (torch.float32,), 1 + per_view
+    )
     for dim in range(1 + per_view):
         check_size(op, "grad", grad, dim, views.shape[dim], "as views")
     check_same_device(op, "views", views, grad=grad)
@@ -209,9 +211,7 @@ _ANCHOR_SCORES_BACKWARD = register(
 _ANCHOR_SCORES = register(
     "anchor_scores",
     family="anchor_scores",
-    check=lambda views, anchors, cu_passages, *rest: _check_anchor_scores(
-        "anchor_scores", views, anchors, cu_passages
-    ),
+    check=lambda views, anchors, cu_passages, *rest: _check_anchor_scores("anchor_scores", views, anchors, cu_passages),
     fake=_fake_scores,
     flops=lambda views, *rest: 2 * _products(views),
     autocast=("views", "anchors"),

@@ -8,10 +8,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from . import bert, decoder
+from . import bert, decoder, t5
 from .bert import BertBackbone
 from .block_hooks import hidden_after, layer_count, rows_changed
 from .decoder import DecoderBackbone, Prefix, Prepend
+from .t5 import T5Backbone
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +23,7 @@ __all__ = [
     "PluggedBackbone",
     "Prefix",
     "Prepend",
+    "T5Backbone",
     "hidden_after",
     "layer_count",
     "packed_backbone",
@@ -146,6 +148,8 @@ def packed_backbone(model: nn.Module, bidirectional: bool | None = None) -> Back
     """
     if bert.supports(model):  # these see everything by themselves
         return BertBackbone(model)
+    if t5.supports(model):
+        return T5Backbone(model)
     if decoder.supports(model):
         return DecoderBackbone(model, bool(bidirectional))
     try:

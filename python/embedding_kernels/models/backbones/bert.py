@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from ...nn.linear import FusedLinear
 from ...ops.attention import varlen_attention
+from .blocks import Part, check_captured, class_name, head_dim_fits
 
 _BERT = "transformers.models.bert.modeling_bert.BertModel"
 # the same encoder; their positions start after the padding token's row, and skip padding tokens
@@ -42,7 +43,7 @@ class BertBackbone:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        self._pad = None if _name(model) == _BERT else model.config.pad_token_id
+        self._pad = None if class_name(model) == _BERT else model.config.pad_token_id
         self._layers = [_Layer(layer, model.config.hidden_act) for layer in model.encoder.layer]
         self._parts = _layer_parts(model)
 
@@ -78,10 +79,7 @@ class BertBackbone:
         """
         if self.model.training:
             raise ValueError("BertBackbone: model must be in evaluation mode (call .eval()), got one in training mode")
-        if any(owner.get(name) is not part for owner, name, part in self._parts):
-            raise ValueError(
-                "BertBackbone: model must have the layers that it was made with, got others in their place"
-            )
+        check_captured("BertBackbone", self._parts)
         count = len(self._layers) if layer is None else layer
         if not 0 <= count <= len(self._layers):
             raise ValueError(f"BertBackbone: layer must be from 0 to {len(self._layers)}, got {count}")
@@ -158,7 +156,7 @@ def packed_positions(ids: Tensor, cu_seqlens: Tensor, pad: int | None) -> Tensor
     return counted if pad is None else counted * real + pad
 
 
-def _layer_parts(model: Any) -> list[tuple[dict[str, Any], str, Any]]:
+def _layer_parts(model: Any) -> list[Part]:
     """Where each captured module hangs: an adapter put in its place later must not be passed over in silence."""
     parts = [(model.encoder.layer._modules, name, layer) for name, layer in model.encoder.layer.named_children()]
     for layer in model.encoder.layer:
@@ -169,7 +167,7 @@ def _layer_parts(model: Any) -> list[tuple[dict[str, Any], str, Any]]:
 
 def supports(model: nn.Module) -> bool:
     """Whether `BertBackbone` computes what ``model``'s own forward does: its class, config and parts, all checked."""
-    if _name(model) not in (_BERT, *_ROBERTA_LIKE):
+    if class_name(model) not in (_BERT, *_ROBERTA_LIKE):
         return False
     config: Any = model.config
     head_dim, rest = divmod(config.hidden_size, config.num_attention_heads)
@@ -179,8 +177,7 @@ def supports(model: nn.Module) -> bool:
         and not config.add_cross_attention
         and getattr(config, "position_embedding_type", None) in (None, "absolute")
         and rest == 0
-        and 16 <= head_dim <= 256
-        and head_dim % 8 == 0
+        and head_dim_fits(head_dim)
         and _parts_are_plain(model)
     )
 
@@ -206,10 +203,6 @@ def _parts_are_plain(model: Any) -> bool:
         and len(dtypes) == 1
         and dtypes <= set(_DTYPES)
     )
-
-
-def _name(model: nn.Module) -> str:
-    return f"{type(model).__module__}.{type(model).__qualname__}"
 
 
 def _add(x: Tensor, other: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ from ...nn.linear import FusedLinear
 from ...nn.rotary import RotaryEmbedding
 from ...ops.attention import merge_attention, varlen_attention
 from ...ops.norm import add_rms_norm, token_prepend_rms_norm
-from .decoder_support import ACTIVATIONS, FAMILIES, Family, class_name
+from .blocks import KeptRows, check_captured, class_name, kept_rows
+from .decoder_support import ACTIVATIONS, FAMILIES, Family
 from .decoder_support import supports as supports
 
 #: most bytes of block weights that are also kept prepacked; a model of billions of parameters shall not lie there twice
@@ -144,7 +145,7 @@ class DecoderBackbone:
             self._check_prefix(prefix, position_ids, count)
         added = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         batch = self._batch(len(added), cu_seqlens, max_seqlen, position_ids, prefix, prepend)
-        kept = None if last_rows is None else _kept(last_rows, cu_seqlens)
+        kept = None if last_rows is None else kept_rows(last_rows, cu_seqlens)
         added, stream = self._run(added, batch, kept, count)
         if count == len(self._blocks) if final_norm is None else final_norm:
             return _add_norm(added, stream, self.model.norm, self._family)[0]
@@ -169,7 +170,7 @@ class DecoderBackbone:
         cu_seqlens = torch.tensor([0, length], dtype=torch.int32, device=input_ids.device)
         batch = replace(self._batch(length, cu_seqlens, length, None, None, None), collected=[])
         # the last block gives keys and values alone
-        none = _Kept(cu_seqlens[:0].long(), torch.zeros_like(cu_seqlens), cu_seqlens[:0])
+        none = KeptRows(cu_seqlens[:0].long(), torch.zeros_like(cu_seqlens), cu_seqlens[:0])
         self._run(self.model.embed_tokens(input_ids), batch, none, count)
         keys, values = zip(*batch.collected, strict=True) if batch.collected else ((), ())
         return Prefix(length, keys, values)
@@ -185,10 +186,7 @@ class DecoderBackbone:
             raise ValueError(
                 "DecoderBackbone: model must be in evaluation mode (call .eval()), got one in training mode"
             )
-        if any(owner.get(name) is not part for owner, name, part in self._parts):
-            raise ValueError(
-                "DecoderBackbone: model must have the layers that it was made with, got others in their place"
-            )
+        check_captured("DecoderBackbone", self._parts)
         if token_type_ids is not None:
             raise ValueError("DecoderBackbone: token_type_ids must be None, got a tensor")
         if not 0 <= count <= len(self._blocks):
@@ -225,7 +223,7 @@ class DecoderBackbone:
         behind = None if prefix is None else _behind(prefix, cu_seqlens, total)
         return _Batch(cu_seqlens, longest, rotary, positions, self._causal, not self.bidirectional, behind, prepend)
 
-    def _run(self, added: Tensor, batch: _Batch, kept: _Kept | None, count: int) -> tuple[Tensor, Tensor | None]:
+    def _run(self, added: Tensor, batch: _Batch, kept: KeptRows | None, count: int) -> tuple[Tensor, Tensor | None]:
         """The stream after ``count`` blocks and what is still to be added to it; the last gives ``kept`` rows alone."""
         stream = None
         for place, block in enumerate(self._blocks[:count], 1):
@@ -305,21 +303,6 @@ def _one_sequence(rows: int, device: torch.device) -> Tensor:
     return torch.arange(2, dtype=torch.int32, device=device) * rows
 
 
-@dataclass(frozen=True)
-class _Kept:
-    """Rows that the last block computes: their numbers [R], offsets [S + 1] and places in their texts, int32 [R]."""
-
-    rows: Tensor
-    cu_seqlens: Tensor
-    places: Tensor
-
-
-def _kept(last_rows: tuple[Tensor, Tensor], cu_seqlens: Tensor) -> _Kept:
-    rows, offsets = last_rows
-    starts = cu_seqlens[:-1].repeat_interleave(offsets.diff(), output_size=len(rows))
-    return _Kept(rows, offsets, (rows - starts).to(torch.int32))
-
-
 class _Block:
     """One block. The residual stream and what is to be added to it travel apart, so that a norm does the addition."""
 
@@ -346,7 +329,7 @@ class _Block:
             self.feed_forward_norm = layer.post_attention_layernorm
 
     def __call__(
-        self, added: Tensor, stream: Tensor | None, batch: _Batch, kept: _Kept | None
+        self, added: Tensor, stream: Tensor | None, batch: _Batch, kept: KeptRows | None
     ) -> tuple[Tensor, Tensor]:
         """From the stream and what is still to be added to it to the same after this block; ``kept`` rows alone."""
         normed, stream = _add_norm(added, stream, self.attention_norm, self.family, batch.copies_before(self.place))
@@ -366,14 +349,14 @@ class _Block:
         for linear in (self.qkv, self.q, self.kv, self.mixed, self.gate, self.up, self.down):
             linear.forget()
 
-    def _attend(self, normed: Tensor, batch: _Batch, kept: _Kept | None) -> Tensor:
+    def _attend(self, normed: Tensor, batch: _Batch, kept: KeptRows | None) -> Tensor:
         q, k, v = self._heads(normed, kept)
         if batch.collected is not None:
             batch.collected.append((k.contiguous(), v.contiguous()))
         mix = self._mix if batch.behind is None else self._mix_with_prefix
         return self.mixed(mix(q, k, v, batch, kept).flatten(1))
 
-    def _mix(self, q: Tensor, k: Tensor, v: Tensor, batch: _Batch, kept: _Kept | None) -> Tensor:
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor, batch: _Batch, kept: KeptRows | None) -> Tensor:
         """Attention of each sequence over itself, ``[Tq, Hq, D]``."""
         options = self._options(batch)
         if batch.positions is None:
@@ -387,7 +370,7 @@ class _Block:
             q, k, v, cu_seqlens_q, batch.cu_seqlens, batch.longest, batch.longest, positions_q=places, **options
         )
 
-    def _mix_with_prefix(self, q: Tensor, k: Tensor, v: Tensor, batch: _Batch, kept: _Kept | None) -> Tensor:
+    def _mix_with_prefix(self, q: Tensor, k: Tensor, v: Tensor, batch: _Batch, kept: KeptRows | None) -> Tensor:
         """The same over the prefix and itself; positions tell rotation, causality and windows in both parts."""
         behind = batch.behind
         assert behind is not None
@@ -413,7 +396,7 @@ class _Block:
     def _options(self, batch: _Batch) -> dict[str, Any]:
         return {"scale": self.scale, "softcap": self.softcap, **batch.visible(self.window)}
 
-    def _heads(self, normed: Tensor, kept: _Kept | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _heads(self, normed: Tensor, kept: KeptRows | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries ``[T, Hq, D]`` (of the kept rows), keys and values ``[T, Hkv, D]``, not yet rotated."""
         flat = self.qkv.parts(normed) if kept is None else (self.q(normed[kept.rows]), *self.kv.parts(normed))
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in flat)

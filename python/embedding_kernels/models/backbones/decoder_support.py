@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .blocks import class_name, head_dim_fits, is_intercepted
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # the others change with the length of each batch
 _ROTATIONS = ("default", "linear", "llama3", "yarn")
@@ -102,26 +104,13 @@ def _parts_are_plain(model: Any, family: Family) -> bool:
         parts += [(module, nn.Linear) for module in dense] + [(module, norm) for module in norms]
         parts += [(layer, getattr(source, f"{prefix}DecoderLayer"))]
         parts += [(attention, getattr(source, f"{prefix}Attention")), (mlp, getattr(source, f"{prefix}MLP"))]
-        if class_name(mlp.act_fn) not in ACTIVATIONS or not _head_dim_fits(attention.head_dim):
+        if class_name(mlp.act_fn) not in ACTIVATIONS or not head_dim_fits(attention.head_dim):
             return False
     dtypes = {parameter.dtype for parameter in model.parameters()}
     return (
         all(type(module) is expected for module, expected in parts)
         and len(model.layers) == model.config.num_hidden_layers
-        and not any(_is_intercepted(module) for module in model.modules())
+        and not any(is_intercepted(module) for module in model.modules())
         and len(dtypes) == 1
         and dtypes <= set(_DTYPES)
     )
-
-
-def _head_dim_fits(head_dim: int) -> bool:
-    return 16 <= head_dim <= 256 and head_dim % 8 == 0
-
-
-def _is_intercepted(module: nn.Module) -> bool:
-    """Whether something runs before, after or in place of the module's own forward."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
-
-
-def class_name(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
