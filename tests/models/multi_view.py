@@ -33,9 +33,9 @@ def make_t5_tokenizer() -> Any:
     )
 
 
-def make_t5(vocabulary: int, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+def make_t5(vocabulary: int, dtype: torch.dtype = torch.float32, seed: int = 0, **options: Any) -> Any:
     """A T5 of three and two layers whose parameters are all random."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     sizes = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 4}
     t5 = hf.T5Model(hf.T5Config(vocab_size=vocabulary, decoder_start_token_id=0, **(sizes | options)))
     with torch.no_grad():

@@ -33,6 +33,11 @@ def check_captured(name: str, parts: list[Part]) -> None:
         raise ValueError(f"{name}: model must have the layers that it was made with, got others in their place")
 
 
+def under_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for the device of ``x``; torch raises for devices that have none."""
+    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+
+
 def head_dim_fits(head_dim: int) -> bool:
     """Whether the attention kernels take heads of that width."""
     return 16 <= head_dim <= 256 and head_dim % 8 == 0

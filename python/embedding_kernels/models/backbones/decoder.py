@@ -16,7 +16,7 @@ from ...nn.linear import FusedLinear
 from ...nn.rotary import RotaryEmbedding
 from ...ops.attention import merge_attention, varlen_attention
 from ...ops.norm import add_rms_norm, token_prepend_rms_norm
-from .blocks import KeptRows, check_captured, class_name, kept_rows
+from .blocks import KeptRows, check_captured, class_name, kept_rows, under_autocast
 from .decoder_support import ACTIVATIONS, FAMILIES, Family
 from .decoder_support import supports as supports
 
@@ -409,7 +409,7 @@ def _add_norm(
     x: Tensor, stream: Tensor | None, norm: Any, family: Family, prepend: Prepend | None = None
 ) -> tuple[Tensor, Tensor]:
     """The norm of ``stream + x``, after the copies of ``prepend`` in it, and that sum."""
-    if torch.is_autocast_enabled(x.device.type):  # which leaves the residual stream at the dtype of the weights
+    if under_autocast(x):  # which leaves the residual stream at the dtype of the weights
         with torch.autocast(x.device.type, enabled=False):
             return _add_norm(x.to(norm.weight.dtype), stream, norm, family, prepend)
     eps = norm.eps if family.gemma else norm.variance_epsilon

@@ -16,7 +16,7 @@ from ...nn.linear import FUSED_ACTIVATIONS, FusedLinear
 from ...nn.relative_bias import T5RelativeBias
 from ...ops.attention import varlen_attention
 from ...ops.norm import add_rms_norm
-from .blocks import KeptRows, Part, check_captured, class_name, head_dim_fits, is_intercepted, kept_rows
+from .blocks import KeptRows, Part, check_captured, class_name, head_dim_fits, is_intercepted, kept_rows, under_autocast
 
 _MODULE = "transformers.models.t5.modeling_t5."
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -192,7 +192,7 @@ class FeedForward:
 
 def add_norm(x: Tensor, stream: Tensor | None, norm: Any) -> tuple[Tensor, Tensor]:
     """T5's norm of ``stream + x``, and that sum."""
-    if torch.is_autocast_enabled(x.device.type):  # which leaves the residual stream at the dtype of the weights
+    if under_autocast(x):  # which leaves the residual stream at the dtype of the weights
         with torch.autocast(x.device.type, enabled=False):
             return add_norm(x.to(norm.weight.dtype), stream, norm)
     return add_rms_norm(x, stream, norm.weight, eps=norm.variance_epsilon)
