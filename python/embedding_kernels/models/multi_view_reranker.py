@@ -286,7 +286,7 @@ class MultiViewReranker:
         for query, held in zip(queries, documents, strict=True):
             if not isinstance(query, str):
                 raise ValueError(f"{op}: query must be a string, got {type(query).__name__}")
-            if isinstance(held, (str, bytes, Mapping)) or not hasattr(held, "__iter__"):
+            if isinstance(held, (str, bytes, Mapping)) or not hasattr(held, "__len__"):
                 raise ValueError(f"{op}: documents must be a sequence of passages, got {type(held).__name__}")
             texts += [f"{self._sentinels} | Query: {query} | Context: {_context(op, one)}" for one in held]
         return [len(held) for held in documents], texts
