@@ -12,6 +12,7 @@ from . import (
     hamming_large,
     latent_attention,
     latent_attention_head,
+    multi_view,
     norm,
     paragraph_vector,
     pooling,
@@ -33,6 +34,7 @@ BENCHMARKS: dict[str, list[Case]] = {op: cases for family in OPERATORS.values() 
 DEFAULT: dict[str, dict[str, list[Case]]] = {
     **OPERATORS,
     "latent_attention_head": latent_attention_head.BENCHMARKS,
+    "multi_view": multi_view.BENCHMARKS,
     "embedder": embedder.BENCHMARKS,
     "token_prepending": token_prepending.BENCHMARKS,
 }

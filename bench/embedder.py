@@ -43,7 +43,7 @@ def definitions() -> list[str]:
     return [found[i] for i in np.random.default_rng(0).permutation(len(found))]
 
 
-def _texts(count: int, joined: int) -> list[str]:
+def texts_joined(count: int, joined: int) -> list[str]:
     """``count`` texts of up to ``joined`` definitions each; a drawn number of them, so that lengths differ."""
     parts, sizes = iter(definitions()), np.random.default_rng(1).integers(1, 2 * joined, count)
     return [" ".join(next(parts) for _ in range(size if joined > 1 else 1)) for size in sizes]
@@ -83,7 +83,7 @@ def _sentence_transformer(model: str, dtype: torch.dtype, device: torch.device) 
 
 
 def _build(model: str, count: int, joined: int, dtype: torch.dtype, room: Room) -> list[Contender]:
-    texts = _texts(count * _COPIES, joined)
+    texts = texts_joined(count * _COPIES, joined)
     exact = _sentence_transformer(model, torch.float32, room.device).encode(texts[:count], show_progress_bar=False)
 
     def verify(answer: np.ndarray) -> None:

@@ -26,6 +26,7 @@ _CASE_SECONDS = {
     "embedder": 30.0,
     "hamming_large": 40.0,
     "latent_attention_head": 40.0,
+    "multi_view": 110.0,
     "paragraph_vector": 60.0,
     "token_prepending": 60.0,
 }
@@ -35,6 +36,7 @@ _FAMILY_SECONDS = {
     "embedder": 260.0,
     "hamming_large": 1200.0,
     "latent_attention_head": 420.0,
+    "multi_view": 420.0,
     "norm": 260.0,
 }
 

@@ -23,8 +23,9 @@ struct AnchorWeights {
 };
 
 struct AnchorScoresLoops {
-  // out[i * out_stride + j] = a_i . b_j. Each value depends on its two rows alone.
-  void (*dots[kDtypes])(const AnchorRows& a, const AnchorRows& b, int64_t dim, float* out, int64_t out_stride);
+  // out[i * out_stride + j] = a_i . b_j for floats a, their stride in floats. Each value depends on its two rows alone.
+  void (*dots[kDtypes])(const float* a, int64_t a_stride, int64_t a_count, const AnchorRows& b, int64_t dim, float* out,
+                        int64_t out_stride);
 
   // out_i += sum over j of weight (i, j) b_j, for `rows` rows of out, dense.
   void (*mix[kDtypes])(const AnchorWeights& weights, int64_t rows, const AnchorRows& b, int64_t dim, float* out);
@@ -35,6 +36,7 @@ struct AnchorScoresLoops {
   // grad = p (grad - sum of grad p)
   void (*softmax_backward)(float* grad, const float* probabilities, int64_t count);
 
+  void (*load[kDtypes])(const void* values, int64_t count, float* to);
   void (*store[kDtypes])(const float* values, int64_t count, void* to);
 };
 

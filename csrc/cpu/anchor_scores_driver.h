@@ -39,9 +39,18 @@ struct Anchoring {
 
 // Sums over passages run in blocks, whose sums are then added: the roundings of one long sum would show.
 constexpr int64_t kPassagesAtOnce = 128;
-constexpr int64_t kHeadsATask = 4;
+constexpr int64_t kHeadsATask = 8, kRowsAtOnce = 8;
 
 inline int64_t in_whole_vectors(int64_t count) { return (count + 15) / 16 * 16; }
+
+// Rows as floats, dense.
+inline std::vector<float> floats_of(const AnchorScoresLoops& loops, const Anchoring& a, const AnchorRows& rows) {
+  std::vector<float> values(rows.count * a.dim);
+  for (int64_t r = 0; r < rows.count; ++r) {
+    loops.load[a.dtype](rows.data + r * rows.stride, a.dim, values.data() + r * a.dim);
+  }
+  return values;
+}
 
 // out += weights times rows, block by block.
 inline void mix_in_blocks(const AnchorScoresLoops& loops, const Anchoring& a, const AnchorWeights& weights,
@@ -52,13 +61,21 @@ inline void mix_in_blocks(const AnchorScoresLoops& loops, const Anchoring& a, co
   }
 }
 
-// Softmax of heads and passages of one query and view, [heads.count, room] in rows of whole vectors.
-inline std::vector<float> anchor_weights(const AnchorScoresLoops& loops, const Anchoring& a, const AnchorRows& heads,
-                                         const AnchorRows& rows) {
+// Products of heads, as floats, and passages of one query and view: [heads, room] in rows of whole vectors.
+inline std::vector<float> anchor_dots(const AnchorScoresLoops& loops, const Anchoring& a,
+                                      const std::vector<float>& heads, int64_t count, const AnchorRows& rows) {
   const int64_t room = in_whole_vectors(rows.count);
-  std::vector<float> weights(heads.count * room);
-  loops.dots[a.dtype](heads, rows, a.dim, weights.data(), room);
-  for (int64_t h = 0; h < heads.count; ++h) loops.softmax(weights.data() + h * room, rows.count);
+  std::vector<float> products(count * room);
+  loops.dots[a.dtype](heads.data(), a.dim, count, rows, a.dim, products.data(), room);
+  return products;
+}
+
+// Their softmax over the passages.
+inline std::vector<float> anchor_weights(const AnchorScoresLoops& loops, const Anchoring& a,
+                                         const std::vector<float>& heads, int64_t count, const AnchorRows& rows) {
+  const int64_t room = in_whole_vectors(rows.count);
+  std::vector<float> weights = anchor_dots(loops, a, heads, count, rows);
+  for (float* row = weights.data(); row < weights.data() + weights.size(); row += room) loops.softmax(row, rows.count);
   return weights;
 }
 
@@ -75,7 +92,7 @@ void anchor_attention(const AnchorScoresLoops& loops, const Anchoring& a, uint8_
     std::vector<float> mixed(heads * a.dim);
     if (rows.count > 0) {
       const AnchorRows own = a.queries.heads(query, view, a.heads).part(first, heads);
-      const std::vector<float> weights = anchor_weights(loops, a, own, rows);
+      const std::vector<float> weights = anchor_weights(loops, a, floats_of(loops, a, own), heads, rows);
       mix_in_blocks(loops, a, {weights.data(), in_whole_vectors(rows.count), 1}, heads, rows, mixed.data());
     }
     loops.store[a.dtype](mixed.data(), heads * a.dim, out + (place * a.heads + first) * a.row_bytes());
@@ -93,25 +110,32 @@ struct AnchorGradients {
 inline void anchor_attention_backward_at(const AnchorScoresLoops& loops, const Anchoring& a, const AnchorGradients& out,
                                          int64_t query, int64_t view) {
   const AnchorRows rows = a.own_views(query, view);
-  const AnchorRows own = a.queries.heads(query, view, a.heads), grad = out.grad.heads(query, view, a.heads);
-  const int64_t room = in_whole_vectors(rows.count);
-  std::vector<float> mixed(a.heads * a.dim);
-  uint8_t* const to = out.queries + (query * a.view_count + view) * a.heads * a.row_bytes();
-  if (rows.count == 0) return loops.store[a.dtype](mixed.data(), a.heads * a.dim, to);
-  const std::vector<float> weights = anchor_weights(loops, a, own, rows);
-  std::vector<float> slopes(a.heads * room);
-  loops.dots[a.dtype](grad, rows, a.dim, slopes.data(), room);
-  for (int64_t h = 0; h < a.heads; ++h) {
+  const int64_t room = in_whole_vectors(rows.count), heads = a.heads;
+  std::vector<float> mixed(heads * a.dim);
+  uint8_t* const to = out.queries + (query * a.view_count + view) * heads * a.row_bytes();
+  if (rows.count == 0) return loops.store[a.dtype](mixed.data(), heads * a.dim, to);
+  const std::vector<float> own = floats_of(loops, a, a.queries.heads(query, view, heads));
+  const std::vector<float> grad = floats_of(loops, a, out.grad.heads(query, view, heads));
+  const std::vector<float> weights = anchor_weights(loops, a, own, heads, rows);
+  std::vector<float> slopes = anchor_dots(loops, a, grad, heads, rows);
+  for (int64_t h = 0; h < heads; ++h) {
     loops.softmax_backward(slopes.data() + h * room, weights.data() + h * room, rows.count);
   }
-  mix_in_blocks(loops, a, {slopes.data(), room, 1}, a.heads, rows, mixed.data());
-  loops.store[a.dtype](mixed.data(), a.heads * a.dim, to);
-  std::vector<float> sum(a.dim);
-  for (int64_t i = 0; i < rows.count; ++i) {
-    std::fill(sum.begin(), sum.end(), 0.0f);
-    loops.mix[a.dtype]({weights.data() + i, 1, room}, 1, grad, a.dim, sum.data());
-    loops.mix[a.dtype]({slopes.data() + i, 1, room}, 1, own, a.dim, sum.data());
-    loops.store[a.dtype](sum.data(), a.dim, out.views + ((a.offsets[query] + i) * a.view_count + view) * a.row_bytes());
+  mix_in_blocks(loops, a, {slopes.data(), room, 1}, heads, rows, mixed.data());
+  loops.store[a.dtype](mixed.data(), heads * a.dim, to);
+  const int64_t stride = a.dim * static_cast<int64_t>(sizeof(float));
+  const AnchorRows own_rows = {reinterpret_cast<const uint8_t*>(own.data()), stride, heads};
+  const AnchorRows grad_rows = {reinterpret_cast<const uint8_t*>(grad.data()), stride, heads};
+  std::vector<float> sums(kRowsAtOnce * a.dim);
+  for (int64_t first = 0; first < rows.count; first += kRowsAtOnce) {
+    const int64_t count = std::min(kRowsAtOnce, rows.count - first);
+    std::fill(sums.begin(), sums.end(), 0.0f);
+    loops.mix[kFloat32]({weights.data() + first, 1, room}, count, grad_rows, a.dim, sums.data());
+    loops.mix[kFloat32]({slopes.data() + first, 1, room}, count, own_rows, a.dim, sums.data());
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t passage = a.offsets[query] + first + i;
+      loops.store[a.dtype](sums.data() + i * a.dim, a.dim, out.views + (passage * a.view_count + view) * a.row_bytes());
+    }
   }
 }
 
@@ -134,10 +158,12 @@ void anchor_products(const AnchorScoresLoops& loops, const Anchoring& a, const P
     // the query of the first passage: the last whose passages begin at or before it
     int64_t query = std::upper_bound(a.offsets, a.offsets + a.count + 1, begin) - a.offsets - 1;
     float products[kPassagesAtOnce];
+    std::vector<float> anchor(a.dim);
     for (int64_t passage = begin; passage < end; ++query) {
       const int64_t count = std::min<int64_t>(end, a.offsets[query + 1]) - passage;
       for (int64_t view = 0; count > 0 && view < a.view_count; ++view) {
-        loops.dots[a.dtype](a.queries.rows(query, view, 1), a.views.rows(passage, view, count), a.dim, products,
+        loops.load[a.dtype](a.queries.rows(query, view, 1).data, a.dim, anchor.data());
+        loops.dots[a.dtype](anchor.data(), a.dim, 1, a.views.rows(passage, view, count), a.dim, products,
                             kPassagesAtOnce);
         store(passage, view, products, count);
       }

@@ -5,20 +5,22 @@
 namespace embedding_kernels {
 namespace {
 
-// As many sums as the registers hold beside their operands.
-constexpr int64_t kTileRows = 4, kTileColumns = kWidth == 16 ? 4 : 2;
-
 // ---- inner products of rows ----
 
+// Eight rows of a meet two of b, four meet four: as many sums as the registers hold beside their operands, and each
+// row of b is read once for all heads of the usual models.
+constexpr int64_t columns_of(int64_t rows) { return rows == 8 || kWidth < 16 ? 2 : 4; }
+
 template <Dtype dtype, int64_t rows, int64_t columns>
-inline void dots_tile(const AnchorRows& a, const AnchorRows& b, int64_t dim, float* out, int64_t out_stride) {
+inline void dots_tile(const float* a, int64_t a_stride, const AnchorRows& b, int64_t dim, float* out,
+                      int64_t out_stride) {
   Floats sums[rows][columns] = {};
   for_vectors(dim, [&]<bool partial>(int64_t place, int64_t part) {
-    Floats left[rows];
-    for (int64_t i = 0; i < rows; ++i) left[i] = load_at<dtype, partial>(a.data + i * a.stride, place, part);
-    for (int64_t j = 0; j < columns; ++j) {
-      const Floats right = load_at<dtype, partial>(b.data + j * b.stride, place, part);
-      for (int64_t i = 0; i < rows; ++i) sums[i][j] = multiply_add(left[i], right, sums[i][j]);
+    Floats right[columns];
+    for (int64_t j = 0; j < columns; ++j) right[j] = load_at<dtype, partial>(b.data + j * b.stride, place, part);
+    for (int64_t i = 0; i < rows; ++i) {
+      const Floats left = load_at<kFloat32, partial>(a + i * a_stride, place, part);
+      for (int64_t j = 0; j < columns; ++j) sums[i][j] = multiply_add(left, right[j], sums[i][j]);
     }
   });
   for (int64_t i = 0; i < rows; ++i) {
@@ -27,21 +29,33 @@ inline void dots_tile(const AnchorRows& a, const AnchorRows& b, int64_t dim, flo
 }
 
 template <Dtype dtype, int64_t rows>
-inline void dots_rows(const AnchorRows& a, const AnchorRows& b, int64_t dim, float* out, int64_t out_stride) {
+inline void dots_rows(const float* a, int64_t a_stride, const AnchorRows& b, int64_t dim, float* out,
+                      int64_t out_stride) {
+  constexpr int64_t columns = columns_of(rows);
   int64_t j = 0;
-  for (; j + kTileColumns <= b.count; j += kTileColumns) {
-    dots_tile<dtype, rows, kTileColumns>(a, b.part(j, kTileColumns), dim, out + j, out_stride);
+  for (; j + columns <= b.count; j += columns) {
+    dots_tile<dtype, rows, columns>(a, a_stride, b.part(j, columns), dim, out + j, out_stride);
   }
-  for (; j < b.count; ++j) dots_tile<dtype, rows, 1>(a, b.part(j, 1), dim, out + j, out_stride);
+  for (; j < b.count; ++j) dots_tile<dtype, rows, 1>(a, a_stride, b.part(j, 1), dim, out + j, out_stride);
+}
+
+// run.template operator()<rows>(first) for tiles of 8, 4 and single rows.
+template <class Run>
+inline void for_row_tiles(int64_t count, const Run& run) {
+  int64_t i = 0;
+  if constexpr (kWidth == 16) {
+    for (; i + 8 <= count; i += 8) run.template operator()<8>(i);
+  }
+  for (; i + 4 <= count; i += 4) run.template operator()<4>(i);
+  for (; i < count; ++i) run.template operator()<1>(i);
 }
 
 template <Dtype dtype>
-void dots(const AnchorRows& a, const AnchorRows& b, int64_t dim, float* out, int64_t out_stride) {
-  int64_t i = 0;
-  for (; i + kTileRows <= a.count; i += kTileRows) {
-    dots_rows<dtype, kTileRows>(a.part(i, kTileRows), b, dim, out + i * out_stride, out_stride);
-  }
-  for (; i < a.count; ++i) dots_rows<dtype, 1>(a.part(i, 1), b, dim, out + i * out_stride, out_stride);
+void dots(const float* a, int64_t a_stride, int64_t a_count, const AnchorRows& b, int64_t dim, float* out,
+          int64_t out_stride) {
+  for_row_tiles(a_count, [&]<int64_t rows>(int64_t i) {
+    dots_rows<dtype, rows>(a + i * a_stride, a_stride, b, dim, out + i * out_stride, out_stride);
+  });
 }
 
 // ---- weighted sums of rows ----
@@ -70,9 +84,10 @@ inline void mix_tile(const AnchorWeights& weights, const AnchorRows& b, int64_t 
 
 template <Dtype dtype, int64_t rows>
 inline void mix_rows(const AnchorWeights& weights, const AnchorRows& b, int64_t dim, float* out) {
+  constexpr int64_t columns = columns_of(rows);
   int64_t place = 0;
-  for (; place + kTileColumns * kWidth <= dim; place += kTileColumns * kWidth) {
-    mix_tile<dtype, rows, kTileColumns, false>(weights, b, dim, place, 0, out);
+  for (; place + columns * kWidth <= dim; place += columns * kWidth) {
+    mix_tile<dtype, rows, columns, false>(weights, b, dim, place, 0, out);
   }
   for (; place + kWidth <= dim; place += kWidth) mix_tile<dtype, rows, 1, false>(weights, b, dim, place, 0, out);
   if (place < dim) mix_tile<dtype, rows, 1, true>(weights, b, dim, place, dim - place, out);
@@ -80,12 +95,10 @@ inline void mix_rows(const AnchorWeights& weights, const AnchorRows& b, int64_t 
 
 template <Dtype dtype>
 void mix(const AnchorWeights& weights, int64_t rows, const AnchorRows& b, int64_t dim, float* out) {
-  const auto from = [&](int64_t row) {
-    return AnchorWeights{weights.data + row * weights.row_step, weights.row_step, weights.column_step};
-  };
-  int64_t i = 0;
-  for (; i + kTileRows <= rows; i += kTileRows) mix_rows<dtype, kTileRows>(from(i), b, dim, out + i * dim);
-  for (; i < rows; ++i) mix_rows<dtype, 1>(from(i), b, dim, out + i * dim);
+  for_row_tiles(rows, [&]<int64_t tile>(int64_t i) {
+    const AnchorWeights own = {weights.data + i * weights.row_step, weights.row_step, weights.column_step};
+    mix_rows<dtype, tile>(own, b, dim, out + i * dim);
+  });
 }
 
 // ---- rows of floats ----
@@ -94,6 +107,13 @@ void softmax(float* values, int64_t count) { softmax_group<kFloat32>(values, cou
 
 void softmax_backward(float* grad, const float* probabilities, int64_t count) {
   softmax_group_backward<kFloat32>(grad, probabilities, count, grad);
+}
+
+template <Dtype dtype>
+void load(const void* values, int64_t count, float* to) {
+  for_vectors(count, [&]<bool partial>(int64_t column, int64_t part) {
+    store_at<kFloat32, partial>(load_at<dtype, partial>(values, column, part), to, column, part);
+  });
 }
 
 template <Dtype dtype>
@@ -110,6 +130,7 @@ extern const AnchorScoresLoops EK_LEVEL_NAME(anchor_scores_loops) = {
     {mix<kFloat32>, mix<kBFloat16>, mix<kFloat16>},
     softmax,
     softmax_backward,
+    {load<kFloat32>, load<kBFloat16>, load<kFloat16>},
     {store<kFloat32>, store<kBFloat16>, store<kFloat16>},
 };
 

@@ -55,14 +55,11 @@ class AnchorDecoder:
         shape = (cu_passages.shape[0] - 1, views.shape[1])
         rows = shape[0] * shape[1]
         stream = first.stream.to(views.dtype).expand(rows, -1)
-        added = None
+        queries = first.queries.to(views.dtype).expand(*shape, -1, -1)
         for place, block in enumerate(self._blocks):
-            if place == 0:
-                queries = first.queries.to(views.dtype).expand(*shape, -1, -1)
-            else:
-                normed, stream = add_norm(added, stream, block.self_norm)
-                normed, stream = add_norm(block.attend_to_itself(normed, maps[place]), stream, block.cross_norm)
-                queries = block.absorbed(normed).unflatten(0, shape)
+            if place > 0:
+                absorbed, stream = block.before_cross_attention(added, stream, maps[place])
+                queries = absorbed.unflatten(0, shape)
             mixed = anchor_attention(views, queries, cu_passages)
             added, stream = block.feed_forward(block.values(mixed.flatten(0, 1)), stream)
         return add_norm(added, stream, self._decoder.final_layer_norm)[0].unflatten(0, shape)
@@ -86,9 +83,8 @@ class AnchorDecoder:
     def _first(self, folded: Tensor | None) -> _First:
         block = self._blocks[0]
         token = self._embedding.weight[self._start : self._start + 1]
-        normed, _ = add_norm(token, None, block.self_norm)
-        normed, stream = add_norm(block.attend_to_itself(normed, folded), token, block.cross_norm)
-        return _First(stream, block.absorbed(normed))
+        queries, stream = block.before_cross_attention(token, None, folded)
+        return _First(stream, queries)
 
     def _sources(self) -> tuple[Tensor, ...]:
         return (self._embedding.weight, *self._decoder.block.parameters())
@@ -131,14 +127,15 @@ class _Block:
         """W_o W_v of self-attention, ``[D, D]``."""
         return self.own.o.weight @ self.own.v.weight
 
-    def attend_to_itself(self, normed: Tensor, folded: Tensor | None) -> Tensor:
-        """Self-attention over one key."""
-        return self.own.o(self.own.v(normed)) if folded is None else functional.linear(normed, folded)
-
-    def absorbed(self, normed: Tensor) -> Tensor:
-        """Queries of cross-attention in the space of the views, ``[R, H, D]``."""
+    def before_cross_attention(
+        self, added: Tensor, stream: Tensor | None, folded: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Queries of cross-attention in the space of the views, ``[R, H, D]``, and the stream; ``folded`` or None."""
+        normed, stream = add_norm(added, stream, self.self_norm)
+        own = self.own.o(self.own.v(normed)) if folded is None else functional.linear(normed, folded)
+        normed, stream = add_norm(own, stream, self.cross_norm)
         queries = self.query(normed).unflatten(-1, (self.cross.n_heads, -1)).transpose(0, 1)
-        return torch.bmm(queries, self._by_head(self.cross.k)).transpose(0, 1)
+        return torch.bmm(queries, self._by_head(self.cross.k)).transpose(0, 1), stream
 
     def values(self, mixed: Tensor) -> Tensor:
         """From mixed views ``[R, H, D]`` to what cross-attention adds, ``[R, D]``."""
