@@ -56,12 +56,10 @@ class AnchorDecoder:
         rows = shape[0] * shape[1]
         stream = first.stream.to(views.dtype).expand(rows, -1)
         queries = first.queries.to(views.dtype).expand(*shape, -1, -1)
-        for place, block in enumerate(self._blocks):
-            if place > 0:
-                absorbed, stream = block.before_cross_attention(added, stream, maps[place])
-                queries = absorbed.unflatten(0, shape)
-            mixed = anchor_attention(views, queries, cu_passages)
-            added, stream = block.feed_forward(block.values(mixed.flatten(0, 1)), stream)
+        added, stream = self._blocks[0].attend(views, queries, cu_passages, stream)
+        for block, folded in zip(self._blocks[1:], maps[1:], strict=True):
+            absorbed, stream = block.before_attention(added, stream, folded)
+            added, stream = block.attend(views, absorbed.unflatten(0, shape), cu_passages, stream)
         return add_norm(added, stream, self._decoder.final_layer_norm)[0].unflatten(0, shape)
 
     def forget(self) -> None:
@@ -83,7 +81,7 @@ class AnchorDecoder:
     def _first(self, folded: Tensor | None) -> _First:
         block = self._blocks[0]
         token = self._embedding.weight[self._start : self._start + 1]
-        queries, stream = block.before_cross_attention(token, None, folded)
+        queries, stream = block.before_attention(token, None, folded)
         return _First(stream, queries)
 
     def _sources(self) -> tuple[Tensor, ...]:
@@ -127,20 +125,19 @@ class _Block:
         """W_o W_v of self-attention, ``[D, D]``."""
         return self.own.o.weight @ self.own.v.weight
 
-    def before_cross_attention(
-        self, added: Tensor, stream: Tensor | None, folded: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Queries of cross-attention in the space of the views, ``[R, H, D]``, and the stream; ``folded`` or None."""
+    def before_attention(self, added: Tensor, stream: Tensor | None, folded: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Self-attention; then the queries of cross-attention in the space of the views, ``[R, H, D]``."""
         normed, stream = add_norm(added, stream, self.self_norm)
         own = self.own.o(self.own.v(normed)) if folded is None else functional.linear(normed, folded)
         normed, stream = add_norm(own, stream, self.cross_norm)
         queries = self.query(normed).unflatten(-1, (self.cross.n_heads, -1)).transpose(0, 1)
         return torch.bmm(queries, self._by_head(self.cross.k)).transpose(0, 1), stream
 
-    def values(self, mixed: Tensor) -> Tensor:
-        """From mixed views ``[R, H, D]`` to what cross-attention adds, ``[R, D]``."""
+    def attend(self, views: Tensor, queries: Tensor, cu_passages: Tensor, stream: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-attention and feed-forward: the stream, and what is still to be added to it."""
+        mixed = anchor_attention(views, queries, cu_passages).flatten(0, 1)
         values = torch.bmm(mixed.transpose(0, 1), self._by_head(self.cross.v).transpose(1, 2))
-        return self.mixed(values.transpose(0, 1).flatten(1))
+        return self.feed_forward(self.mixed(values.transpose(0, 1).flatten(1)), stream)
 
     def forget(self) -> None:
         for linear in (self.query, self.mixed, self.feed_forward):
