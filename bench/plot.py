@@ -18,6 +18,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 _HERE = Path(__file__).resolve().parent
+PLOTS = _HERE / "plots"
 _MARKERS = "osD^vP*X"
 _OURS_COLOUR = "#1f4e79"
 
@@ -154,8 +155,34 @@ def _save(figure: Any, path: Path) -> None:
     plt.close(figure)
 
 
-def draw(results: Mapping[str, Any], name: str, directory: Path = _HERE / "plots") -> list[Path]:
+def by_layer(results: Mapping[str, Any], path: Path) -> None:
+    """What vectors read after each layer find, a picture a task and a line a variant; bands are 95 % intervals of the
+    difference from the plain prompt."""
+    tasks = [*results["rows"][0]["scores"]]
+    variants = list(dict.fromkeys(row["variant"] for row in results["rows"]))
+    figure, axes = plt.subplots(1, len(tasks), figsize=(4 * len(tasks), 4.2), layout="constrained")
+    for task, axis in zip(tasks, axes, strict=True):
+        for place, variant in enumerate(variants):
+            rows = [row for row in results["rows"] if row["variant"] == variant]
+            layers, scores = [row["layer"] for row in rows], [row["scores"][task] for row in rows]
+            plain = [score["value"] - score["more_than_plain"] for score in scores]
+            band = [[base + score[end] for base, score in zip(plain, scores, strict=True)] for end in ("low", "high")]
+            axis.plot(layers, [score["value"] for score in scores], "o-", color=f"C{place}", ms=4, label=variant)
+            axis.fill_between(layers, *band, color=f"C{place}", alpha=0.12, lw=0)
+        axis.set_title(task, fontsize=9)
+        axis.set_xlabel("read after layer", fontsize=8)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=7, frameon=False)
+    figure.suptitle(f"{results['model']}\n{_subtitle(results)}", fontsize=8)
+    _save(figure, path)
+
+
+def draw(results: Mapping[str, Any], name: str, directory: Path = PLOTS) -> list[Path]:
     """Every picture of one result file."""
+    if "cases" not in results:
+        path = directory / f"{name}.png"
+        by_layer(results, path)
+        return [path]
     paths = [directory / f"{name}-{kind}.png" for kind in ("ratios", "rates")]
     ratios(results, paths[0])
     rates(results, paths[1])
@@ -163,9 +190,12 @@ def draw(results: Mapping[str, Any], name: str, directory: Path = _HERE / "plots
 
 
 def main() -> None:
-    files = [Path(argument) for argument in sys.argv[1:]] or sorted((_HERE / "results").glob("*.json"))
+    files = [Path(argument) for argument in sys.argv[1:]] or [
+        *sorted((_HERE / "results").glob("*.json")),
+        *sorted((_HERE / "results" / "retrieval").glob("*-token_prepending_retrieval.json")),
+    ]
     for file in files:
-        plots = _HERE / "plots" if file.resolve().parent == _HERE / "results" else file.parent
+        plots = PLOTS if _HERE / "results" in file.resolve().parents else file.parent
         for path in draw(json.loads(file.read_text()), file.stem, plots):
             print(path)
 

@@ -26,13 +26,14 @@ from tqdm import tqdm
 if __package__ in (None, ""):  # run as a file: its package is the folder above
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from bench import machine, results
+from bench import machine, plot, results
 from bench.paragraph_vector_retrieval import read_wordnet, unit
 from bench.ranking import ordered
 from embedding_kernels.demo_data import read_bible, smollm2_directory
 from embedding_kernels.models import TokenPrependingEmbedder
 
 _SEED, _RESAMPLES = 0, 2000
+_RETRIEVAL = results.DIRECTORY / "retrieval"
 _EXIT_LAYERS = (10, 15, 20, 25, 28, 30)
 Vectors = dict[str, np.ndarray]
 
@@ -47,7 +48,10 @@ class Variant(NamedTuple):
 _VARIANTS = (
     Variant("PromptEOL", {"prompt": "prompt_eol_plain"}),
     Variant("with <PST>, not copied", {"copy": False}),
-    *(Variant(f"copied before layers 2 to {stop}", {"start_layer": 1, "stop_layer": stop}) for stop in (3, 5, 7)),
+    *(
+        Variant(f"copied before layers {start + 1} to {stop}", {"start_layer": start, "stop_layer": stop})
+        for start, stop in ((1, 3), (1, 5), (1, 7), (4, 7), (7, 10))
+    ),
 )
 
 
@@ -188,7 +192,7 @@ def main() -> int:
     parser.add_argument("--verses", type=int, default=800)
     parser.add_argument("--definitions", type=int, default=800)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    parser.add_argument("--output", type=Path, default=results.DIRECTORY / "retrieval")
+    parser.add_argument("--output", type=Path, default=_RETRIEVAL)
     arguments = parser.parse_args()
     tasks = [_verses(arguments.verses // 2, arguments.verses), _news(), _words(), _definitions(arguments.definitions)]
     print("figures: value [95 % interval of its difference from the plain prompt at that layer]")
@@ -215,6 +219,8 @@ def main() -> int:
         path = arguments.output / f"{machine.slug(where)}-token_prepending_retrieval.json"
         results.write(found, path)
         print(path)
+        for picture in plot.draw(found, path.stem, path.parent if arguments.output != _RETRIEVAL else plot.PLOTS):
+            print(picture)
     return 0
 
 
