@@ -64,7 +64,7 @@ sanitize: $(VENV)/.extra-test+demo+bench
 	  $(RUN) setup.py -q build_ext --build-lib $(SANITIZED)
 	$(SANITIZER) $(RUN) -c "import embedding_kernels as e; assert '$(SANITIZED)' in e.__file__, e.__file__"
 	# -s: a sanitizer ends the process, and what it says must not be lost with what pytest has captured
-	$(SANITIZER) $(RUN) -m pytest -q -s -p no:cacheprovider --backend cpu -m "not slow" tests/hamming \
+	$(SANITIZER) $(RUN) -m pytest -q -s -p no:cacheprovider --backend cpu -m "not slow" tests/anchor_scores tests/hamming \
 	  tests/latent_attention tests/norm tests/paragraph_vector tests/pooling tests/attention/test_properties.py \
 	  tests/contract/test_bad_input.py tests/contract/test_layout.py -k "not guard and not past_a_buffer and not two_to_the" $(ARGS)
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from . import (
+    anchor_scores,
     attention,
     embedder,
     hamming,
@@ -22,6 +23,7 @@ from . import (
 from .harness import Case
 
 OPERATORS: dict[str, dict[str, list[Case]]] = {
+    "anchor_scores": anchor_scores.BENCHMARKS,
     "attention": attention.BENCHMARKS,
     "hamming": hamming.BENCHMARKS,
     "latent_attention": latent_attention.BENCHMARKS,

@@ -84,7 +84,17 @@ def corpus(step: int) -> tuple[torch.Tensor, ...]:
     return torch.randn(mask.shape[0], 9), torch.randn(11, 9), tokens, cu_seqlens
 
 
+def lists(step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Views of ragged lists of passages, and what meets them."""
+    cu_passages = torch.tensor((0, *(3 + step + place for place in range(2 + step)))).cumsum(0).int()
+    count = 2 + step
+    return torch.randn(int(cu_passages[-1]), 3, 16), torch.randn(count, 3, 5, 16), cu_passages
+
+
 CALLS = {
+    "anchor_attention": lambda step: (lambda v, q, c: ek.anchor_attention(v, q, c), lists(step)),
+    "anchor_scores": lambda step: (lambda v, q, c: ek.anchor_scores(v, q[:, :, 0], c), lists(step)),
+    "anchor_topk": lambda step: (lambda v, q, c: ek.anchor_topk(v, q[:, :, 0], c, 2), lists(step)),
     "varlen_attention": lambda step: (attend, heads(step)),
     "merge_attention": lambda step: (merge, heads(step)[:1]),
     "paragraph_vector_step": lambda step: (learn, corpus(step)),

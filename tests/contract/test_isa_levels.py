@@ -24,7 +24,7 @@ def run(level: str, *command: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("level", [level for level in LEVELS if level != _host.isa()])
 def test_suites(level):
-    families = ("attention", "hamming", "latent_attention", "norm", "paragraph_vector", "pooling")
+    families = ("anchor_scores", "attention", "hamming", "latent_attention", "norm", "paragraph_vector", "pooling")
     suites = [f"tests/{family}" for family in families]
     result = run(level, "-m", "pytest", "-q", "-m", "not slow", "--backend", "cpu", "-p", "no:cacheprovider", *suites)
     assert result.returncode == 0, result.stdout[-4000:]

@@ -164,6 +164,8 @@ def test_flops_grow_with_the_work():
     assert OPERATORS["hamming_range"].flops((2, 16), (10, 16), 5) == 2 * 2 * 10 * 128
     assert OPERATORS["rescore_topk"].flops((3, 100), (3, 20), (999, 100), 10) == 2 * 3 * 20 * 100
     assert OPERATORS["segment_pool"].flops((7, 5), (3,), "mean") == 35
+    assert OPERATORS["anchor_attention"].flops((7, 4, 6), (2, 4, 3, 6), (3,)) == 4 * 3 * 7 * 4 * 6
+    assert OPERATORS["anchor_scores"].flops((7, 4, 6), (2, 4, 6), (3,)) == 2 * 7 * 4 * 6
     assert OPERATORS["grouped_softmax"].flops((7, 6), 3) == 5 * 42
     assert OPERATORS["geglu_segment_pool"].flops((7, 6), None, (3,)) == 7 * 42
     assert OPERATORS["add_rms_norm"].flops((7, 5), None, (5,)) == 5 * 35

@@ -188,6 +188,7 @@ def _products(views: Any) -> int:
 _ANCHOR_ATTENTION_BACKWARD = register(
     "anchor_attention_backward",
     family="anchor_scores",
+    cpu_only=True,
     check=_check_anchor_attention_backward,
     fake=lambda grad, views, queries, cu_passages: _empty_like_inputs(views, queries),
     flops=lambda grad, views, queries, *rest: 10 * queries[2] * _products(views),
@@ -195,6 +196,7 @@ _ANCHOR_ATTENTION_BACKWARD = register(
 _ANCHOR_ATTENTION = register(
     "anchor_attention",
     family="anchor_scores",
+    cpu_only=True,
     check=lambda *args: _check_anchor_attention("anchor_attention", *args),
     fake=lambda views, queries, cu_passages: queries.new_empty(queries.shape),
     flops=lambda views, queries, *rest: 4 * queries[2] * _products(views),
@@ -204,6 +206,7 @@ _ANCHOR_ATTENTION = register(
 _ANCHOR_SCORES_BACKWARD = register(
     "anchor_scores_backward",
     family="anchor_scores",
+    cpu_only=True,
     check=_check_anchor_scores_backward,
     fake=lambda grad, views, anchors, *rest: _empty_like_inputs(views, anchors),
     flops=lambda grad, views, *rest: 3 * _products(views),
@@ -211,6 +214,7 @@ _ANCHOR_SCORES_BACKWARD = register(
 _ANCHOR_SCORES = register(
     "anchor_scores",
     family="anchor_scores",
+    cpu_only=True,
     check=lambda views, anchors, cu_passages, *rest: _check_anchor_scores("anchor_scores", views, anchors, cu_passages),
     fake=_fake_scores,
     flops=lambda views, *rest: 2 * _products(views),
@@ -220,6 +224,7 @@ _ANCHOR_SCORES = register(
 _ANCHOR_TOPK = register(
     "anchor_topk",
     family="anchor_scores",
+    cpu_only=True,
     check=_check_anchor_topk,
     fake=_fake_topk,
     flops=lambda views, *rest: 2 * _products(views),
