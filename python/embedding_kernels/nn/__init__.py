@@ -1,8 +1,9 @@
-"""Modules built on the operators."""
+"""Modules built on the operators, and losses."""
 
 from __future__ import annotations
 
 from .latent_attention import FoldedLatentAttentionPooling, LatentAttentionPooling
+from .ranking_losses import listnet, listnet_double, orthogonality, rank_targets
 from .relative_bias import T5RelativeBias, t5_relative_buckets
 from .rotary import RotaryEmbedding
 
@@ -11,5 +12,9 @@ __all__ = [
     "LatentAttentionPooling",
     "RotaryEmbedding",
     "T5RelativeBias",
+    "listnet",
+    "listnet_double",
+    "orthogonality",
+    "rank_targets",
     "t5_relative_buckets",
 ]
