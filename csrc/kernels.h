@@ -91,9 +91,40 @@ Tensor unpack_padded(Tensor packed, Tensor mask);
 
 }  // namespace cpu
 
+// The same operators on CUDA: where one has no kernel in C++, Triton serves it and nothing refers to its name.
 namespace cuda {
 
-Tensor pack_bits(Tensor x);
+decltype(cpu::anchor_attention) anchor_attention;
+decltype(cpu::anchor_attention_backward) anchor_attention_backward;
+decltype(cpu::anchor_scores) anchor_scores;
+decltype(cpu::anchor_scores_backward) anchor_scores_backward;
+decltype(cpu::anchor_topk) anchor_topk;
+decltype(cpu::varlen_attention) varlen_attention;
+decltype(cpu::varlen_attention_backward) varlen_attention_backward;
+decltype(cpu::merge_attention) merge_attention;
+decltype(cpu::merge_attention_backward) merge_attention_backward;
+decltype(cpu::pack_bits) pack_bits;
+decltype(cpu::hamming_distance) hamming_distance;
+decltype(cpu::hamming_topk) hamming_topk;
+decltype(cpu::hamming_range) hamming_range;
+decltype(cpu::rescore_topk) rescore_topk;
+decltype(cpu::grouped_softmax) grouped_softmax;
+decltype(cpu::grouped_softmax_backward) grouped_softmax_backward;
+decltype(cpu::geglu_segment_pool) geglu_segment_pool;
+decltype(cpu::geglu_segment_pool_backward) geglu_segment_pool_backward;
+decltype(cpu::add_rms_norm) add_rms_norm;
+decltype(cpu::add_rms_norm_backward) add_rms_norm_backward;
+decltype(cpu::add_layer_norm) add_layer_norm;
+decltype(cpu::add_layer_norm_backward) add_layer_norm_backward;
+decltype(cpu::token_prepend) token_prepend;
+decltype(cpu::token_prepend_backward) token_prepend_backward;
+decltype(cpu::token_prepend_rms_norm) token_prepend_rms_norm;
+decltype(cpu::token_prepend_rms_norm_backward) token_prepend_rms_norm_backward;
+decltype(cpu::segment_pool) segment_pool;
+decltype(cpu::segment_pool_backward) segment_pool_backward;
+decltype(cpu::segment_pool_pack_bits) segment_pool_pack_bits;
+decltype(cpu::pack_padded) pack_padded;
+decltype(cpu::unpack_padded) unpack_padded;
 
 }  // namespace cuda
 

@@ -1,11 +1,22 @@
 // Table of contents: the schema of every operator, and which kernel serves which dispatch key. Compiled once for each
-// library: into _cpu.so with the schemas, into _cuda.so (EMBEDDING_KERNELS_CUDA) with the CUDA kernels alone.
+// library: into _cpu.so with the schemas, into _cuda.so (EMBEDDING_KERNELS_CUDA) with the CUDA kernels alone, and into
+// the host emulation of those (tests/cuda_host), whose operators have a namespace of their own and take CPU tensors.
 //
 // Every argument is positional here, because torch differentiates no keyword-only one; sizes are SymInt, so that
 // torch.compile does not recompile for each shape. <op>_forward is <op> without autograd.
 #include <torch/csrc/stable/library.h>
 
 #include "kernels.h"
+
+#define EK_LIBRARY(name, m) STABLE_TORCH_LIBRARY(name, m)
+#define EK_LIBRARY_IMPL(name, key, m) STABLE_TORCH_LIBRARY_IMPL(name, key, m)
+#if defined(EMBEDDING_KERNELS_CUDA_HOST)
+#define EK_LIBRARY_NAME embedding_kernels_cuda_host
+#define EK_CUDA_KEY CPU
+#else
+#define EK_LIBRARY_NAME embedding_kernels
+#define EK_CUDA_KEY CUDA
+#endif
 
 #if !defined(EMBEDDING_KERNELS_CUDA)
 
@@ -42,7 +53,7 @@
   "(Tensor x, Tensor? residual, Tensor source_rows, Tensor target_rows, Tensor weight, float eps=1e-06, bool " \
   "one_plus_weight=False) -> (Tensor, Tensor)"
 
-STABLE_TORCH_LIBRARY(embedding_kernels, m) {
+EK_LIBRARY(EK_LIBRARY_NAME, m) {
   // anchor scores
   m.def("anchor_attention" ANCHOR_ATTENTION_SIGNATURE);
   m.def("anchor_attention_forward" ANCHOR_ATTENTION_SIGNATURE);
@@ -125,6 +136,8 @@ STABLE_TORCH_LIBRARY(embedding_kernels, m) {
   m.def("unpack_padded_forward" UNPACK_PADDED_SIGNATURE);
 }
 
+#if !defined(EMBEDDING_KERNELS_CUDA_HOST)
+
 STABLE_TORCH_LIBRARY_IMPL(embedding_kernels, CPU, m) {
   using namespace embedding_kernels;
   m.impl("anchor_attention", TORCH_BOX(&cpu::anchor_attention));
@@ -174,9 +187,12 @@ STABLE_TORCH_LIBRARY_IMPL(embedding_kernels, CPU, m) {
   m.impl("unpack_padded_forward", TORCH_BOX(&cpu::unpack_padded));
 }
 
-#else
+#endif
+#endif
 
-STABLE_TORCH_LIBRARY_IMPL(embedding_kernels, CUDA, m) {
+#if defined(EMBEDDING_KERNELS_CUDA) || defined(EMBEDDING_KERNELS_CUDA_HOST)
+
+EK_LIBRARY_IMPL(EK_LIBRARY_NAME, EK_CUDA_KEY, m) {
   using namespace embedding_kernels;
   m.impl("pack_bits", TORCH_BOX(&cuda::pack_bits));
 }

@@ -1,9 +1,4 @@
 // The Hamming family on CUDA.
-#include <torch/csrc/stable/ops.h>
-
-#include <algorithm>
-
-#include "../checks.h"
 #include "../kernels.h"
 #include "launch.cuh"
 #include "ptx.cuh"
@@ -11,9 +6,7 @@
 namespace embedding_kernels::cuda {
 namespace {
 
-constexpr int kWarp = 32;
 constexpr int kThreads = 256;
-constexpr int64_t kMaxBlocks = 1 << 16;
 
 // x > 0 by its bits (see csrc/cpu/hamming_loops.cpp): true for every dtype without a conversion.
 __device__ inline bool is_positive(uint32_t bits, uint32_t infinity) { return bits != 0 && bits - 1 < infinity; }
@@ -40,11 +33,9 @@ template <class Bits>
 void launch_pack_bits(const Tensor& x, uint32_t infinity, Tensor& out) {
   const int64_t rows = x.size(0), dim = x.size(1);
   const int64_t warps = rows * ((dim + kWarp - 1) / kWarp);
-  const int64_t blocks = std::min(kMaxBlocks, (warps + kThreads / kWarp - 1) / (kThreads / kWarp));
-  if (blocks == 0) return;
-  launch("pack_bits", pack_bits_kernel<Bits>, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), 0, current_stream(x),
-         static_cast<const Bits*>(x.const_data_ptr()), rows, dim, x.stride(0), infinity,
-         static_cast<uint8_t*>(out.mutable_data_ptr()));
+  if (warps == 0) return;
+  launch("pack_bits", pack_bits_kernel<Bits>, dim3(blocks_for(warps, kThreads / kWarp)), dim3(kThreads), 0,
+         current_stream(x), pointer<Bits>(x), rows, dim, x.stride(0), infinity, mutable_pointer<uint8_t>(out));
 }
 
 }  // namespace
@@ -52,9 +43,9 @@ void launch_pack_bits(const Tensor& x, uint32_t infinity, Tensor& out) {
 Tensor pack_bits(Tensor x) {
   check_tensor("pack_bits", "x", x,
                "a float32, bfloat16 or float16 tensor [N, D] (float64 runs with backend=\"reference\")", kFloats, 2);
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  if (x.size(1) > 1 && x.stride(1) != 1) x = torch::stable::contiguous(x);
-  Tensor out = torch::stable::empty({x.size(0), (x.size(1) + 7) / 8}, ScalarType::Byte, std::nullopt, x.device());
+  const DeviceGuard guard(x.get_device_index());
+  x = dense_rows(x);
+  Tensor out = empty_like_device(x, {x.size(0), (x.size(1) + 7) / 8}, ScalarType::Byte);
   switch (x.scalar_type()) {
     case ScalarType::Float:
       launch_pack_bits<uint32_t>(x, 0x7f800000u, out);
