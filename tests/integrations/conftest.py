@@ -16,6 +16,14 @@ def kernel(request: pytest.FixtureRequest):
         yield request.param
 
 
+@pytest.fixture(scope="session")
+def reranker():
+    """A tiny `MultiViewReranker` with random weights, which knows the words of `models.conftest.texts_of`."""
+    from models.multi_view import make_reranker
+
+    return make_reranker()
+
+
 @pytest.fixture(autouse=True)
 def _one_thread(_poisoned_memory):
     # the models are tiny: threads would only cost

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from collections.abc import Callable, Iterator
@@ -17,11 +18,12 @@ mteb = pytest.importorskip("mteb")
 transformers = pytest.importorskip("transformers")
 
 from mteb.mocks import MOCK_TASK_TEST_GRID_MONOLINGUAL  # noqa: E402
-from mteb.models.models_protocols import EncoderProtocol  # noqa: E402
+from mteb.models.models_protocols import CrossEncoderProtocol, EncoderProtocol  # noqa: E402
+from mteb.models.search_wrappers import SearchCrossEncoderWrapper  # noqa: E402
 from mteb.types import PromptType  # noqa: E402
 
-from embedding_kernels import Embedder  # noqa: E402
-from embedding_kernels.integrations.mteb import MtebEmbedder  # noqa: E402
+from embedding_kernels import Embedder, MultiViewReranker  # noqa: E402
+from embedding_kernels.integrations.mteb import MtebEmbedder, MtebReranker  # noqa: E402
 
 TEXTS = ["a test sentence", "another positive sentence", "test", "", "sentence test positive another a"]
 TASK = SimpleNamespace(name="SomeSearch", type="Retrieval")
@@ -210,3 +212,111 @@ def test_unknown_options(model: MtebEmbedder, caplog: pytest.LogCaptureFixture) 
         MtebEmbedder(model.model, embed_dim=8)
     with pytest.raises(ValueError, match="metadata must have fields of mteb's ModelMeta, got colour"):
         MtebEmbedder(model.model, metadata={"colour": "blue"})
+
+
+# ---- MtebReranker ----
+
+MOCK_WORDS = ["this", "is", "a", "test", "sentence", "another", "positive", "negative", "query", "document", "corpus"]
+
+
+@pytest.fixture(scope="module")
+def mock_reranker() -> MultiViewReranker:
+    """A tiny random reranker that knows a few of the mock tasks' words."""
+    from models.multi_view import make_reranker
+
+    return make_reranker(words=MOCK_WORDS)
+
+
+def mock_tasks(kind: str) -> list[Any]:
+    return [copy.deepcopy(task) for task in MOCK_TASK_TEST_GRID_MONOLINGUAL if task.metadata.type == kind]
+
+
+@pytest.mark.parametrize("kind", ["Reranking", "InstructionReranking"])
+def test_reranker_on_mock_tasks(mock_reranker: MultiViewReranker, tmp_path: Path, kind: str) -> None:
+    tasks, model = mock_tasks(kind), MtebReranker(mock_reranker)
+    assert tasks
+    results = mteb.evaluate(model, tasks, cache=None, show_progress_bar=False, prediction_folder=tmp_path)
+    assert not results.exceptions
+    assert len(results.task_results) == len(tasks)
+    assert (results.model_name, results.model_revision) == (model.mteb_model_meta.name, model.mteb_model_meta.revision)
+    for task, result in zip(tasks, results.task_results, strict=True):
+        assert 0 <= result.get_score() <= 1
+        predictions = json.loads((tmp_path / task.prediction_file_name).read_text())["default"]["test"]
+        task.load_data()
+        data = task.dataset["default"]["test"]
+        instructions = {one["id"]: f" {one['instruction']}" for one in data["queries"] if "instruction" in one}
+        passages = {one["id"]: one for one in data["corpus"]}
+        for query in data["queries"]:
+            held = data["top_ranked"][query["id"]]
+            (scores,) = mock_reranker.score_batch(
+                [query["text"] + instructions.get(query["id"], "")], [[passages[document] for document in held]]
+            )
+            found = [predictions[query["id"]][document] for document in held]
+            assert found == pytest.approx(scores.tolist(), abs=1e-4)
+
+
+def test_reranking_what_an_embedder_found(
+    mock_reranker: MultiViewReranker, model: MtebEmbedder, tmp_path: Path
+) -> None:
+    (task,) = [task for task in mock_tasks("Retrieval") if task.metadata.name == "MockRetrievalTask"]
+    mteb.evaluate(model, task, cache=None, show_progress_bar=False, prediction_folder=tmp_path)
+    results = mteb.evaluate(
+        MtebReranker(mock_reranker), task.convert_to_reranking(tmp_path, top_k=2), cache=None, show_progress_bar=False
+    )
+    assert not results.exceptions
+    assert 0 < results.task_results[0].get_score() <= 1
+
+
+def test_pairs_are_scored_by_query(mock_reranker: MultiViewReranker) -> None:
+    """Two queries of the same text and other candidates are two lists, through mteb's own loaders too."""
+    from datasets import Dataset
+
+    model = MtebReranker(mock_reranker)
+    texts = [*TEXTS[:3], "negative query", "document"]
+    corpus = Dataset.from_list([{"id": f"d{n}", "title": "corpus" * (n == 0), "text": t} for n, t in enumerate(texts)])
+    queries = Dataset.from_list([{"id": one, "text": "a query"} for one in ("q0", "q1", "q2")])
+    ranked = {"q0": ["d0", "d1", "d3"], "q1": ["d4", "d1"], "q2": []}
+    arguments = {"task_metadata": mock_tasks("Reranking")[0].metadata, "hf_split": "test", "hf_subset": "default"}
+    search = SearchCrossEncoderWrapper(model)
+    search.index(corpus, encode_kwargs={}, **arguments)
+    found = search.search(queries, top_k=5, encode_kwargs={"batch_size": 2}, top_ranked=ranked, **arguments)
+    passages = {f"d{n}": {"title": "corpus" * (n == 0), "text": text} for n, text in enumerate(texts)}
+    for query, held in ranked.items():
+        (scores,) = mock_reranker.score_batch(["a query"], [[passages[one] for one in held]])
+        assert [found[query][one] for one in held] == pytest.approx(scores.tolist(), abs=1e-4)
+    assert found["q0"]["d1"] != pytest.approx(found["q1"]["d1"], abs=1e-4)
+    # without ids the text tells queries apart, and batches need not be of one size
+    pairs = [("a query", texts[0]), ("test", texts[1]), ("a query", texts[2])]
+    scores = model.predict(batches([q for q, _ in pairs], 2), batches([d for _, d in pairs], 1), task_metadata=TASK)
+    np.testing.assert_array_equal(scores, mock_reranker.predict(pairs))
+    assert (scores.dtype, model.predict([], []).shape) == (np.float32, (0,))
+
+
+def test_reranker_metadata(mock_reranker: MultiViewReranker, tmp_path: Path) -> None:
+    mock_reranker.save_pretrained(tmp_path / "model")
+    model = MtebReranker(tmp_path / "model", device="cpu", max_length=32)
+    assert isinstance(model, CrossEncoderProtocol)
+    assert not isinstance(model, EncoderProtocol)
+    meta = model.mteb_model_meta
+    weights = {weight.data_ptr(): weight.numel() for weight in mock_reranker.model.t5.parameters()}
+    assert meta.is_cross_encoder
+    assert (meta.name, len(meta.revision or ""), meta.loader) == ("local/model", 16, None)
+    assert (meta.max_tokens, meta.embed_dim, meta.similarity_fn_name) == (32, None, None)
+    assert (meta.n_parameters, meta.experiment_kwargs) == (sum(weights.values()), {"max_length": "32"})
+    assert meta.n_embedding_parameters == len(mock_reranker.tokenizer) * 64
+    assert MtebReranker(mock_reranker).mteb_model_meta.name == "local/unnamed"
+    given = MtebReranker(mock_reranker, "v2", name="me/mine", metadata={"license": "mit"}).mteb_model_meta
+    assert (given.name, given.revision, given.license) == ("me/mine", "v2", "mit")
+
+
+def test_reranker_bad_input(mock_reranker: MultiViewReranker, caplog: pytest.LogCaptureFixture) -> None:
+    model = MtebReranker(mock_reranker)
+    with pytest.raises(ValueError, match="inputs2 must be as many as inputs1, got 1 passages and 2 queries"):
+        model.predict(batches(["a", "test"]), batches(["sentence"]))
+    with caplog.at_level(logging.WARNING):
+        model.predict(batches(["a"]), batches(["test"]), precision="float32", batch_size=4)
+    assert "Passed over, because MultiViewReranker.rank has no such arguments: precision" in caplog.text
+    with pytest.raises(ValueError, match="MtebReranker: options are for a model to load, got a MultiViewReranker"):
+        MtebReranker(mock_reranker, device="cpu")
+    with pytest.raises(ValueError, match="MtebReranker: metadata must have fields of mteb's ModelMeta, got colour"):
+        MtebReranker(mock_reranker, metadata={"colour": "blue"})

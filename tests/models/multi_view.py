@@ -15,11 +15,11 @@ from embedding_kernels.models import MultiViewModel, MultiViewReranker
 from .conftest import WORDS
 
 
-def make_t5_tokenizer() -> Any:
+def make_t5_tokenizer(words: Sequence[str] = WORDS) -> Any:
     """A word-level tokenizer with T5's conventions: padding 0, ``</s>`` at the end, sentinels."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-    entries = ["<pad>", "</s>", "<unk>", "|", "Query", "Context", ":", *WORDS]
+    entries = ["<pad>", "</s>", "<unk>", "|", "Query", "Context", ":", *words]
     backend = Tokenizer(models.WordLevel({word: place for place, word in enumerate(entries)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
@@ -44,8 +44,10 @@ def make_t5(vocabulary: int, dtype: torch.dtype = torch.float32, seed: int = 0, 
     return t5.to(dtype).eval()
 
 
-def make_reranker(views: int = 4, dtype: torch.dtype = torch.float32, **options: Any) -> MultiViewReranker:
-    tokenizer = make_t5_tokenizer()
+def make_reranker(
+    views: int = 4, dtype: torch.dtype = torch.float32, words: Sequence[str] = WORDS, **options: Any
+) -> MultiViewReranker:
+    tokenizer = make_t5_tokenizer(words)
     return MultiViewReranker(MultiViewModel(make_t5(len(tokenizer), dtype, **options), views), tokenizer, max_length=64)
 
 

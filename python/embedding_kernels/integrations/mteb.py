@@ -1,4 +1,5 @@
-"""`Embedder` in mteb's benchmarks: an encoder of its protocol, with metadata that belongs to the model."""
+"""`Embedder` and `MultiViewReranker` in mteb's benchmarks: an encoder and a cross-encoder of its protocols, with
+metadata of the model's own."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from mteb.models.abs_encoder import AbsEncoder, get_prompt
 from mteb.models.model_meta import ScoringFunction
 from mteb.types import OutputDType, PromptType
 
-from ..models import Embedder
+from ..models import Embedder, MultiViewReranker
+from ._reranking import load_reranker
 
 logger = logging.getLogger(__name__)
 
@@ -77,10 +79,16 @@ class MtebEmbedder(AbsEncoder):
         if instructions:
             experiment["instructions"] = str(sorted(instructions.items()))
         source = self.model.model.config.name_or_path if isinstance(model, Embedder) else str(model)
-        known = {**_identity(source), "experiment_kwargs": experiment or None}
-        chosen = {"name": name, "revision": revision, **(metadata or {})}
-        known.update({field: value for field, value in chosen.items() if value is not None})
-        self.mteb_model_meta = _metadata(self.model, known)
+        told = {
+            "max_tokens": self.model.max_seq_length,
+            "embed_dim": self.model.get_embedding_dimension(),
+            "similarity_fn_name": ScoringFunction.COSINE,
+            "use_instructions": bool(instructions) or any(self.model.prompts.values()),
+            "output_dtypes": _OUTPUT_TYPES.get(self.model.dtype),
+            "experiment_kwargs": experiment or None,
+        }
+        given = {"name": name, "revision": revision, **(metadata or {})}
+        self.mteb_model_meta = _metadata(self, self.model.model, source, told, given)
 
     def encode(
         self,
@@ -106,10 +114,7 @@ class MtebEmbedder(AbsEncoder):
             cosines are in the order of Hamming distances.
         """
         texts = [text for batch in inputs for text in batch["text"]]
-        surplus = sorted(set(options) - set(_OPTIONS))
-        if surplus:
-            logger.warning("Passed over, because Embedder.encode has no such arguments: %s", ", ".join(surplus))
-        kept = {option: options[option] for option in _OPTIONS if option in options}
+        kept = _known_options("Embedder.encode", options, _OPTIONS)
         bits = kept.get("precision") in _BITS
         if bits:
             kept["precision"] = "ubinary"
@@ -120,41 +125,143 @@ class MtebEmbedder(AbsEncoder):
         return _signs(vectors, self.model.get_embedding_dimension()) if bits else vectors
 
 
+class MtebReranker:
+    """A `MultiViewReranker` that mteb evaluates: ``mteb.evaluate(MtebReranker("path/to/model"), tasks)``.
+
+    For tasks that bring their candidates: reranking, and retrieval after ``task.convert_to_reranking(predictions)``.
+    All candidates of a query are scored together. mteb asks for 32 texts a batch where it is told nothing, which is few
+    for short texts: pass ``encode_kwargs={"batch_size": 1024}``; the token budget still bounds a batch.
+
+    Args:
+        model: a `MultiViewReranker`, or the directory or the Hub name of a model.
+        revision: what tells apart versions of the model in mteb's results; it does not choose what is loaded. By
+            default the Hub's, or a hash of the directory's files.
+        device: where a model given by name is loaded.
+        name: "organisation/model" in mteb's results; by default the Hub's, else "local/" and the directory's.
+        metadata: fields of `ModelMeta` beside, or in place of, what the model itself tells: languages, license,
+            training_datasets, ...
+        options: passed to `MultiViewReranker.from_pretrained`: max_length, which is published by dataset, dtype, ...
+
+    Raises:
+        FileNotFoundError, ValueError: see `MultiViewReranker.from_pretrained`.
+        ValueError: an unknown field of ``metadata``; options for a model that is loaded already.
+    """
+
+    mteb_model_meta: ModelMeta
+
+    def __init__(
+        self,
+        model: str | Path | MultiViewReranker,
+        revision: str | None = None,
+        device: str | None = None,
+        *,
+        name: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        self.model = load_reranker("MtebReranker", model, {**options, "device": device})
+        # results of another length are other results, as are those of other options
+        experiment = {option: str(value) for option, value in options.items() if value is not None}
+        experiment["max_length"] = str(self.model.max_length)
+        t5 = self.model.model.t5
+        told = {
+            "model_type": ["cross-encoder"],
+            "max_tokens": self.model.max_length,
+            "use_instructions": False,
+            "experiment_kwargs": experiment,
+        }
+        given = {"name": name, "revision": revision, **(metadata or {})}
+        source = t5.config.name_or_path if isinstance(model, MultiViewReranker) else str(model)
+        self.mteb_model_meta = _metadata(self, t5, source, told, given)
+
+    def predict(
+        self,
+        inputs1: Iterable[Mapping[str, Any]],
+        inputs2: Iterable[Mapping[str, Any]],
+        *,
+        task_metadata: Any = None,
+        hf_split: str = "",
+        hf_subset: str = "",
+        prompt_type: PromptType | None = None,
+        **options: Any,
+    ) -> np.ndarray:
+        """Scores of pairs, in their order.
+
+        Args:
+            inputs1: batches with the pairs' queries under "text", as mteb's data loaders give them. Pairs of one query
+                are scored together; queries are told apart by "id", where there is one, and by their text.
+            inputs2: batches with the pairs' passages under "text", which mteb makes of title and text.
+            task_metadata, hf_split, hf_subset, prompt_type: unused; they belong to mteb's protocol.
+            options: batch_size and show_progress_bar, as `MultiViewReranker.rank` takes them; others are passed over
+                with a warning.
+
+        Returns:
+            float32 ``[N]``.
+
+        Raises:
+            ValueError: queries and passages are not as many.
+        """
+        queries = [
+            query for batch in inputs1 for query in zip(batch.get("id", batch["text"]), batch["text"], strict=True)
+        ]
+        passages = [text for batch in inputs2 for text in batch["text"]]
+        if len(queries) != len(passages):
+            raise ValueError(
+                f"predict: inputs2 must be as many as inputs1, got {len(passages)} passages and {len(queries)} queries"
+            )
+        kept = _known_options("MultiViewReranker.rank", options, ("batch_size", "show_progress_bar"))
+        places: dict[tuple[Any, str], list[int]] = {}
+        for place, query in enumerate(queries):
+            places.setdefault(query, []).append(place)
+        held = [[passages[place] for place in group] for group in places.values()]
+        scores = np.empty(len(queries), np.float32)
+        scored = self.model.score_batch([text for _, text in places], held, **kept)
+        for group, part in zip(places.values(), scored, strict=True):
+            scores[group] = part
+        return scores
+
+
+def _known_options(op: str, options: Mapping[str, Any], known: tuple[str, ...]) -> dict[str, Any]:
+    surplus = sorted(set(options) - set(known))
+    if surplus:
+        logger.warning("Passed over, because %s has no such arguments: %s", op, ", ".join(surplus))
+    return {option: options[option] for option in known if option in options}
+
+
 def _signs(codes: np.ndarray, dim: int) -> np.ndarray:
     """Codes uint8 ``[N, ceil(dim / 8)]`` as int8 ``[N, dim]``, -1 and 1: packed bytes have no cosine."""
     return np.unpackbits(codes, axis=1, count=dim).astype(np.int8) * 2 - 1
 
 
-def _metadata(embedder: Embedder, known: Mapping[str, Any]) -> ModelMeta:
-    """What the loaded model tells about itself, and what is known beside it."""
-    unknown = sorted(set(known) - set(ModelMeta.model_fields))
+def _metadata(adapter: Any, model: Any, source: str, told: Mapping[str, Any], given: Mapping[str, Any]) -> ModelMeta:
+    """What transformers' ``model`` and its adapter tell, where it came from and, before these, what the caller gave."""
+    given = {field: value for field, value in given.items() if value is not None}
+    unknown = sorted(set(given) - set(ModelMeta.model_fields))
     if unknown:
-        raise ValueError(f"MtebEmbedder: metadata must have fields of mteb's ModelMeta, got {', '.join(unknown)}")
-    weights = list(embedder.model.parameters())
-    told: dict[str, Any] = {
+        raise ValueError(
+            f"{type(adapter).__name__}: metadata must have fields of mteb's ModelMeta, got {', '.join(unknown)}"
+        )
+    weights = list(model.parameters())
+    common: dict[str, Any] = {
         "n_parameters": sum(weight.numel() for weight in weights),
-        "n_embedding_parameters": embedder.model.get_input_embeddings().weight.numel(),
+        "n_embedding_parameters": model.get_input_embeddings().weight.numel(),
         "memory_usage_mb": round(sum(weight.numel() * weight.element_size() for weight in weights) / 2**20),
-        "max_tokens": embedder.max_seq_length,
-        "embed_dim": embedder.get_embedding_dimension(),
         "open_weights": True,  # they have just been read
         "framework": ["PyTorch", "Transformers", "safetensors"],
-        "similarity_fn_name": ScoringFunction.COSINE,
-        "use_instructions": "instructions" in (known["experiment_kwargs"] or {}) or any(embedder.prompts.values()),
-        "output_dtypes": _OUTPUT_TYPES.get(embedder.dtype),
     }
-    return ModelMeta(**{**ModelMeta.create_empty().model_dump(), **told, **known})
+    empty = ModelMeta.create_empty().model_dump()
+    return ModelMeta(**{**empty, **common, **told, **_identity(source, type(adapter)), **given})
 
 
-def _identity(source: str) -> dict[str, Any]:
+def _identity(source: str, loader: Any) -> dict[str, Any]:
     """Name and revision of a model, and how to load it by that name; the Hub's where it came from there."""
     path = Path(source).expanduser()
     if path.parent.name == "snapshots":  # the Hub's cache: models--organisation--model/snapshots/revision
         hub_name = path.parent.parent.name.removeprefix("models--").replace("--", "/")
-        return {"name": hub_name, "revision": path.name, "loader": MtebEmbedder}
-    if path.is_dir():
+        return {"name": hub_name, "revision": path.name, "loader": loader}
+    if source and path.is_dir():
         return {"name": f"local/{path.resolve().name}", "revision": _fingerprint(path)}
-    return {"name": source if "/" in source else f"local/{source or 'unnamed'}", "loader": MtebEmbedder}
+    return {"name": source if "/" in source else f"local/{source or 'unnamed'}", "loader": loader}
 
 
 def _fingerprint(path: Path) -> str:
