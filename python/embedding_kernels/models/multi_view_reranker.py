@@ -35,8 +35,9 @@ class MultiViewReranker:
     Made by `MultiViewReranker.from_pretrained`. An input is m sentinel tokens, the query and the passage, cut to
     ``max_length``: token by token that of the published evaluation, which puts a passage's title before its text. The
     published training did not; pass texts alone to leave titles out. The inputs of many queries are packed into batches
-    of at most ``token_budget`` tokens, without padding. Scores are comparable within one query and one set of passages alone. They do not depend on
-    the order of the passages: these are processed in an order of their own, and equal ones once. See `MultiViewModel`.
+    of at most ``token_budget`` tokens, without padding. Scores are comparable within one query and one set of passages
+    alone. They do not depend on the order of the passages: these are processed in an order of their own, and equal ones
+    once. See `MultiViewModel`.
 
     Args:
         model: a `MultiViewModel`, put into evaluation mode.
