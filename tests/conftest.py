@@ -1,4 +1,7 @@
-"""What every test runs under: which backends, poisoned memory, the interpreter where there is no GPU."""
+"""What every test runs under: which backends, poisoned memory, the interpreter where there is no GPU.
+
+Backend "cuda_host" is the CUDA library in the host emulation (tests/cuda_host), which needs no GPU.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,18 @@ if not HAS_GPU:
     # read when triton is first imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from cuda_host import backend as cuda_host  # noqa: E402
 from embedding_kernels.ops._registry import has_cuda_kernel  # noqa: E402
 
-BACKENDS = ("reference", "cpu", "triton", "cuda")
+BACKENDS = ("reference", "cpu", "triton", "cuda_host", "cuda")
 
 
 def _why_not(backend: str) -> str | None:
     """Why a backend cannot be tested here, or None."""
     if backend == "cuda" and not HAS_GPU:
         return "no GPU"
+    if backend == "cuda_host":
+        return cuda_host.why_not()
     if backend == "triton":
         try:
             import triton  # noqa: F401
@@ -60,6 +66,12 @@ def _poisoned_memory():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def _emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    if "backend" in request.fixturenames and request.getfixturevalue("backend") == "cuda_host":
+        cuda_host.install(monkeypatch)
+
+
 @pytest.fixture
 def device(backend: str) -> str:
     return "cuda" if HAS_GPU and backend in ("triton", "cuda") else "cpu"
@@ -70,7 +82,7 @@ def require_kernel(backend: str):
     """Skips a row whose operator has no kernel in the CUDA library: Triton's row covers it."""
 
     def check(op: str) -> None:
-        if backend == "cuda" and not has_cuda_kernel(op):
+        if (backend == "cuda" and not has_cuda_kernel(op)) or (backend == "cuda_host" and not cuda_host.has_kernel(op)):
             pytest.skip(f"{op} has no CUDA C++ kernel")
 
     return check

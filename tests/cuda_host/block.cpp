@@ -1,0 +1,305 @@
+// Fibres and their scheduler: threads of a block take turns on one processor, and switch only where they wait.
+#include "block.h"
+
+#include <sys/mman.h>
+
+#include <cstdlib>
+#include <stdexcept>
+
+#include "memory.h"
+#include "program.h"
+
+#if !defined(__x86_64__)
+#error "the emulation switches stacks in x86-64 assembly"
+#endif
+
+// Saves the registers that a call keeps and the stack of the running fibre, and goes on with another's.
+extern "C" void embedding_kernels_switch(void** save, void* to);
+asm(R"(
+.text
+.local embedding_kernels_switch
+.type embedding_kernels_switch,@function
+embedding_kernels_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size embedding_kernels_switch,.-embedding_kernels_switch
+)");
+
+namespace emulation {
+
+Block* current_block = nullptr;
+Thread* current_thread = nullptr;
+
+namespace {
+
+constexpr size_t kStackBytes = 256 * 1024;
+constexpr int kMostThreads = 1024;
+constexpr int kWarp = 32;
+
+void* scheduler_stack = nullptr;
+void (*kernel_entry)(const void*) = nullptr;
+const void* kernel_arguments = nullptr;
+bool failed = false;
+std::string failure;
+
+// One stack a thread, with a page below that may not be touched.
+unsigned char* stacks() {
+  static unsigned char* const memory = [] {
+    void* mapped = mmap(nullptr, kStackBytes * kMostThreads, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (mapped == MAP_FAILED) throw std::bad_alloc();
+    for (int i = 0; i < kMostThreads; ++i) {
+      mprotect(static_cast<unsigned char*>(mapped) + kStackBytes * static_cast<size_t>(i), 4096, PROT_NONE);
+    }
+    return static_cast<unsigned char*>(mapped);
+  }();
+  return memory;
+}
+
+[[noreturn]] void leave() {
+  embedding_kernels_switch(&current_thread->stack_pointer, scheduler_stack);
+  std::abort();  // a finished thread is never resumed
+}
+
+void thread_main() {
+  kernel_entry(kernel_arguments);
+  current_thread->state = Thread::kFinished;
+  leave();
+}
+
+std::string range_text(const std::vector<int>& sorted) {
+  std::string text;
+  for (size_t i = 0; i < sorted.size();) {
+    size_t j = i;
+    while (j + 1 < sorted.size() && sorted[j + 1] == sorted[j] + 1) ++j;
+    text += (text.empty() ? "" : ", ") + std::to_string(sorted[i]);
+    if (j > i) text += "-" + std::to_string(sorted[j]);
+    i = j + 1;
+  }
+  return text;
+}
+
+}  // namespace
+
+Options& options() {
+  static Options chosen;
+  return chosen;
+}
+
+bool on_a_stack(uintptr_t address) {
+  const auto low = reinterpret_cast<uintptr_t>(stacks());
+  return address >= low && address < low + kStackBytes * kMostThreads;
+}
+
+void fail(const std::string& what, std::initializer_list<uintptr_t> sites) {
+  Thread& thread = *current_thread;
+  failed = true;
+  failure = what + "\n  block (" + std::to_string(current_block->index.x) + ", " +
+            std::to_string(current_block->index.y) + ", " + std::to_string(current_block->index.z) + "), thread " +
+            std::to_string(thread.index);
+  for (uintptr_t site : sites) {
+    if (site != 0) failure += "\n  " + describe_site(site);
+  }
+  leave();
+}
+
+Block::Block(dim3 index_, dim3 size_, dim3 grid_, uint32_t number_, unsigned char* shared_, size_t shared_size_)
+    : index(index_),
+      size(size_),
+      grid(grid_),
+      number(number_),
+      shared(shared_),
+      shared_size(shared_size_),
+      threads_count(static_cast<int>(size_.x * size_.y * size_.z)),
+      threads_(static_cast<size_t>(threads_count)),
+      barriers_(16),
+      meetings_(static_cast<size_t>((threads_count + kWarp - 1) / kWarp)),
+      random_(options().seed * 0x9e3779b97f4a7c15u + number_) {
+  const auto nothing = std::make_shared<const Times>(static_cast<size_t>(2 * threads_count), 0u);
+  for (int i = 0; i < threads_count; ++i) {
+    Thread& thread = threads_[static_cast<size_t>(i)];
+    thread.index = i;
+    thread.warp = i / kWarp;
+    thread.lane = i % kWarp;
+    const auto u = static_cast<unsigned>(i);
+    thread.place = dim3(u % size.x, u / size.x % size.y, u / size.x / size.y);
+    thread.state = Thread::kReady;
+    thread.clock.seen = nothing;
+    auto* top = reinterpret_cast<void**>(stacks() + kStackBytes * static_cast<size_t>(i + 1));
+    // as if it had been called: the return address below a multiple of 16, six saved registers under it
+    top[-2] = reinterpret_cast<void*>(&thread_main);
+    thread.stack_pointer = top - 2 - 6;
+  }
+}
+
+Thread* Block::next() {
+  if (ready_.empty()) return nullptr;
+  size_t place = 0;
+  switch (options().order) {
+    case Order::kForward:
+      break;
+    case Order::kReverse:
+      place = ready_.size() - 1;
+      break;
+    case Order::kRandom:
+      random_ = random_ * 6364136223846793005u + 1442695040888963407u;
+      place = static_cast<size_t>((random_ >> 33) % ready_.size());
+      break;
+    case Order::kWarpFirst:
+      for (size_t i = 0; i < ready_.size(); ++i) {
+        if (ready_[i] / kWarp == last_warp_) {
+          place = i;
+          break;
+        }
+      }
+  }
+  Thread& thread = threads_[static_cast<size_t>(ready_[place])];
+  ready_.erase(ready_.begin() + static_cast<std::ptrdiff_t>(place));
+  last_warp_ = thread.warp;
+  return &thread;
+}
+
+void Block::make_ready(Thread& thread) {
+  thread.state = Thread::kReady;
+  ready_.push_back(thread.index);
+}
+
+void Block::run(void (*entry)(const void*), const void* arguments) {
+  kernel_entry = entry;
+  kernel_arguments = arguments;
+  failed = false;
+  for (Thread& thread : threads_) ready_.push_back(thread.index);
+  current_block = this;
+  while (Thread* thread = next()) {
+    current_thread = thread;
+    embedding_kernels_switch(&scheduler_stack, thread->stack_pointer);
+    current_thread = nullptr;
+    if (failed) break;
+  }
+  if (!failed) report_deadlock();
+  current_block = nullptr;
+  if (failed) throw std::runtime_error(failure);
+}
+
+void Block::wait(const char* what, uintptr_t site) {
+  Thread& thread = *current_thread;
+  thread.state = Thread::kWaiting;
+  thread.waits_for = what;
+  thread.waits_at = site;
+  embedding_kernels_switch(&thread.stack_pointer, scheduler_stack);
+}
+
+void Block::report_deadlock() {
+  std::vector<int> finished;
+  std::vector<std::pair<std::string, std::vector<int>>> waiting;
+  for (const Thread& thread : threads_) {
+    if (thread.state == Thread::kFinished) {
+      finished.push_back(thread.index);
+      continue;
+    }
+    const std::string where = std::string(thread.waits_for) + " at " + describe_site(thread.waits_at);
+    auto found = waiting.begin();
+    while (found != waiting.end() && found->first != where) ++found;
+    if (found == waiting.end()) found = waiting.insert(found, {where, {}});
+    found->second.push_back(thread.index);
+  }
+  if (waiting.empty()) return;
+  failed = true;
+  failure = "deadlock in block (" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " +
+            std::to_string(index.z) + ")";
+  for (const auto& [where, who] : waiting) failure += "\n  threads " + range_text(who) + " wait for " + where;
+  if (!finished.empty()) failure += "\n  threads " + range_text(finished) + " have ended";
+}
+
+void Block::barrier(uint32_t name, uint32_t count, bool waits, uintptr_t site) {
+  Thread& thread = *current_thread;
+  if (name >= barriers_.size()) fail("barrier " + std::to_string(name) + " does not exist: there are 16", {site});
+  if (count == 0) count = static_cast<uint32_t>((threads_count + kWarp - 1) / kWarp * kWarp);
+  if (count % kWarp != 0) fail("a barrier for " + std::to_string(count) + " threads, which are no whole warps", {site});
+  Barrier& at = barriers_[name];
+  if (at.arrived.empty()) {
+    at.count = count;
+  } else if (at.count != count) {
+    fail("barrier " + std::to_string(name) + " is awaited for " + std::to_string(at.count) + " and for " +
+             std::to_string(count) + " threads",
+         {site});
+  }
+  at.arrived.push_back(thread.clock.state(thread.index));
+  ++thread.clock.own;
+  if (waits) at.waiting.push_back(thread.index);
+  // a block whose last warp is not full counts that warp as whole
+  const auto missing = static_cast<size_t>(
+      threads_count % kWarp == 0 || count < static_cast<uint32_t>(threads_count) ? 0 : kWarp - threads_count % kWarp);
+  if (at.arrived.size() + missing < count) {
+    if (waits) wait("a barrier", site);
+    return;
+  }
+  const auto seen = join(at.arrived, threads_count);
+  const std::vector<int> waiting = std::move(at.waiting);
+  at = Barrier();
+  for (int index : waiting) {
+    Thread& other = threads_[static_cast<size_t>(index)];
+    other.clock.seen = seen;
+    if (&other != &thread) make_ready(other);
+  }
+}
+
+void Block::meet(const Statement& statement, uint32_t mask, Frame& mine, Act act, uintptr_t site) {
+  Thread& thread = *current_thread;
+  const int first = thread.warp * kWarp;
+  const int lanes = std::min(kWarp, threads_count - first);
+  if (lanes < kWarp) mask &= (1u << lanes) - 1;  // lanes that the block does not have
+  const uint32_t bit = 1u << thread.lane;
+  if ((mask & bit) == 0) fail("lane " + std::to_string(thread.lane) + " is not in the mask of its instruction", {site});
+  std::vector<Meeting>& open = meetings_[static_cast<size_t>(thread.warp)];
+  size_t place = 0;
+  while (place < open.size() &&
+         !(open[place].statement == &statement && open[place].mask == mask && (open[place].arrived & bit) == 0)) {
+    ++place;
+  }
+  if (place == open.size()) open.push_back({&statement, mask, 0, {}});
+  open[place].arrived |= bit;
+  open[place].frames[thread.lane] = &mine;
+  if (open[place].arrived != mask) {
+    wait(statement.opcode.c_str(), site);
+    return;
+  }
+  const Meeting met = open[place];
+  open.erase(open.begin() + static_cast<std::ptrdiff_t>(place));
+  Thread* threads[32] = {};
+  for (int lane = 0; lane < kWarp; ++lane) {
+    if (mask >> lane & 1) threads[lane] = &threads_[static_cast<size_t>(first + lane)];
+  }
+  act(*this, statement, met.frames, threads);
+  for (int lane = 0; lane < kWarp; ++lane) {
+    if (threads[lane] != nullptr && threads[lane] != &thread) make_ready(*threads[lane]);
+  }
+}
+
+void Block::order_lanes(Thread* const (&threads)[32]) {
+  std::vector<ClockState> states;
+  for (Thread* thread : threads) {
+    if (thread != nullptr) states.push_back(thread->clock.state(thread->index));
+  }
+  const auto seen = join(states, threads_count);
+  for (Thread* thread : threads) {
+    if (thread == nullptr) continue;
+    thread->clock.seen = seen;
+    ++thread->clock.own;
+  }
+}
+
+}  // namespace emulation

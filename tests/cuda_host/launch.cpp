@@ -1,0 +1,96 @@
+// Launches, the buffers that an operator may touch, and what tests ask of the emulation.
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <set>
+#include <stdexcept>
+
+#include "block.h"
+#include "memory.h"
+
+namespace emulation {
+
+void forget_buffers();
+
+namespace {
+
+constexpr size_t kMostShared = 163 * 1024;  // of a block on sm_80
+int operators = 0;                          // that are running, one inside another
+std::set<std::string> launched;
+
+[[noreturn]] void refuse(const char* op, const std::string& why) {
+  throw std::runtime_error(std::string(op) + ": launch failed: " + why);
+}
+
+}  // namespace
+
+DeviceGuard::DeviceGuard(int) {
+  if (operators++ == 0) forget_buffers();
+}
+DeviceGuard::~DeviceGuard() { --operators; }
+
+void copy_to_host(const char*, void* to, const void* from, size_t bytes, cudaStream_t) { std::memcpy(to, from, bytes); }
+void fill_zero(const char*, void* to, size_t bytes, cudaStream_t) { std::memset(to, 0, bytes); }
+
+void run(const char* op, const void* kernel, dim3 grid, dim3 size, size_t shared_bytes, void (*entry)(const void*),
+         const void* arguments, size_t argument_bytes) {
+  static std::mutex one_at_a_time;
+  const std::lock_guard<std::mutex> lock(one_at_a_time);
+  const auto threads = uint64_t{size.x} * size.y * size.z;
+  if (threads == 0 || threads > 1024) refuse(op, "a block of " + std::to_string(threads) + " threads");
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffffu || grid.y > 0xffffu || grid.z > 0xffffu) {
+    refuse(op, "a grid of " + std::to_string(grid.x) + " by " + std::to_string(grid.y) + " by " +
+                   std::to_string(grid.z) + " blocks");
+  }
+  if (shared_bytes > kMostShared) refuse(op, std::to_string(shared_bytes) + " bytes of shared memory");
+  launched.insert(describe_site(reinterpret_cast<uintptr_t>(kernel) + 1));
+  const auto shared = std::unique_ptr<unsigned char, void (*)(void*)>(
+      static_cast<unsigned char*>(std::aligned_alloc(1024, (shared_bytes + 2047) / 1024 * 1024)), std::free);
+  MemoryOfLaunch memory(arguments, argument_bytes, shared.get(), shared_bytes);
+  const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
+  try {
+    for (uint64_t i = 0; i < blocks; ++i) {
+      const uint64_t place = options().order == Order::kReverse ? blocks - 1 - i : i;
+      const dim3 index(static_cast<unsigned>(place % grid.x), static_cast<unsigned>(place / grid.x % grid.y),
+                       static_cast<unsigned>(place / grid.x / grid.y));
+      memory.begin_block();
+      std::memset(shared.get(), 0xff, shared_bytes);
+      Block(index, size, grid, static_cast<uint32_t>(place + 1), shared.get(), shared_bytes).run(entry, arguments);
+    }
+  } catch (const std::runtime_error& error) {
+    throw std::runtime_error(std::string(op) + ": the emulation found: " + error.what());
+  }
+}
+
+dim3 thread_index() { return current_thread->place; }
+dim3 block_index() { return current_block->index; }
+dim3 block_size() { return current_block->size; }
+dim3 grid_size() { return current_block->grid; }
+
+void* shared_bytes(size_t bytes) {
+  const auto site = reinterpret_cast<uintptr_t>(__builtin_return_address(0));
+  if (bytes > current_block->shared_size) {
+    fail("a block shares " + std::to_string(bytes) + " bytes and was launched with " +
+             std::to_string(current_block->shared_size),
+         {site});
+  }
+  return current_block->shared;
+}
+
+}  // namespace emulation
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// The order in which threads (and blocks) run: 0 forward, 1 reverse, 2 random, 3 one warp as far as it goes.
+EXPORT void embedding_kernels_emulation_options(int order, uint64_t seed, int latest) {
+  emulation::options() = {static_cast<emulation::Order>(order), seed, latest != 0};
+}
+
+// Names of the kernels launched since the last call, one a line; valid until the next call.
+EXPORT const char* embedding_kernels_emulation_launched() {
+  static std::string text;
+  text.clear();
+  for (const std::string& name : emulation::launched) text += name + "\n";
+  emulation::launched.clear();
+  return text.c_str();
+}

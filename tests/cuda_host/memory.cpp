@@ -1,0 +1,318 @@
+#include "memory.h"
+
+#include <dlfcn.h>
+#include <link.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <map>
+#include <new>
+#include <vector>
+
+namespace emulation {
+namespace {
+
+// What is known of one byte, within a launch. Block 0 means nobody.
+struct Cell {
+  uint32_t write_time, write_site, write_block;
+  uint32_t read_time, read_site, read_block;
+  uint16_t write_agent, read_agent;
+  uint32_t readers;  // 1 + place in `reader_sets` where several threads read it unordered, else 0
+  bool read_by_others, atomic;
+};
+
+struct Region {
+  uintptr_t begin, end;
+  Cell* cells;
+  size_t mapped;
+  bool shared;
+};
+
+struct Range {
+  uintptr_t begin, end;
+};
+
+std::vector<Range> buffers;      // as noted
+std::vector<Region> regions;     // of the launch: buffers, those that overlap as one, and shared memory
+std::vector<Times> reader_sets;  // of the block: when each agent read a byte
+Range arguments_range, image_range;
+uintptr_t image_base;
+
+Cell* map_cells(size_t count, size_t& mapped) {
+  mapped = count * sizeof(Cell);
+  void* memory = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) throw std::bad_alloc();
+  return static_cast<Cell*>(memory);
+}
+
+// The library's own code and constants, which kernels may read.
+void find_image() {
+  Dl_info info;
+  dladdr(reinterpret_cast<const void*>(&find_image), &info);
+  image_base = reinterpret_cast<uintptr_t>(info.dli_fbase);
+  dl_iterate_phdr(
+      [](dl_phdr_info* found, size_t, void*) {
+        if (found->dlpi_addr != image_base) return 0;
+        image_range = {UINTPTR_MAX, 0};
+        for (int i = 0; i < found->dlpi_phnum; ++i) {
+          const auto& header = found->dlpi_phdr[i];
+          if (header.p_type != PT_LOAD) continue;
+          image_range.begin = std::min(image_range.begin, image_base + header.p_vaddr);
+          image_range.end = std::max(image_range.end, image_base + header.p_vaddr + header.p_memsz);
+        }
+        return 1;
+      },
+      nullptr);
+}
+
+bool inside(const Range& range, uintptr_t address, size_t bytes) {
+  return address >= range.begin && address + bytes <= range.end;
+}
+
+std::string who(uint32_t agent) {
+  const auto threads = static_cast<uint32_t>(current_block->threads_count);
+  return agent < threads ? "thread " + std::to_string(agent)
+                         : "an asynchronous copy of thread " + std::to_string(agent - threads);
+}
+
+std::string place_of(const Region& region, uintptr_t address) {
+  return (region.shared ? "shared memory + "
+                        : "a buffer of " + std::to_string(region.end - region.begin) + " bytes + ") +
+         std::to_string(address - region.begin);
+}
+
+[[noreturn]] void report_stray(uintptr_t address, size_t bytes, Access kind, uintptr_t site) {
+  const Region* nearest = nullptr;
+  uintptr_t distance = UINTPTR_MAX;
+  for (const Region& region : regions) {
+    const uintptr_t away = address < region.begin ? region.begin - address : address - region.end;
+    if (address + bytes > region.end || address < region.begin) {
+      if (away < distance) distance = away, nearest = &region;
+    }
+  }
+  std::string text = std::string("out of bounds: ") + (kind == Access::kRead ? "read" : "write") + " of " +
+                     std::to_string(bytes) + " bytes";
+  if (nearest != nullptr) {
+    const auto offset = static_cast<int64_t>(address - nearest->begin);
+    text += std::string(" at byte ") + std::to_string(offset) + " of " +
+            (nearest->shared ? "shared memory, which has " : "a buffer of ") +
+            std::to_string(nearest->end - nearest->begin) + " bytes";
+  }
+  fail(text, {site});
+}
+
+Region& region_of(uintptr_t address, size_t bytes, Access kind, uintptr_t site) {
+  static size_t last = 0;
+  if (last < regions.size() && address >= regions[last].begin && address + bytes <= regions[last].end) {
+    return regions[last];
+  }
+  for (size_t i = 0; i < regions.size(); ++i) {
+    if (address >= regions[i].begin && address + bytes <= regions[i].end) {
+      last = i;
+      return regions[i];
+    }
+  }
+  report_stray(address, bytes, kind, site);
+}
+
+struct Actor {
+  Thread& thread;
+  uint32_t agent, time;
+  uintptr_t site;
+  bool knows(uint32_t other, uint32_t when) const {
+    return thread.clock.after(thread.index, current_block->threads_count, static_cast<int>(other), when);
+  }
+};
+
+[[noreturn]] void report_race(const Actor& actor, const Region& region, uintptr_t address, const char* now,
+                              const char* before, uint32_t agent, uint32_t site) {
+  fail(std::string("race: ") + now + " by " + who(actor.agent) + " and " + before + " by " + who(agent) +
+           " are not ordered, at " + place_of(region, address),
+       {actor.site, image_base + site});
+}
+
+[[noreturn]] void report_blocks(const Actor& actor, const Region& region, uintptr_t address, const char* what,
+                                uint32_t block, uint32_t site) {
+  fail(std::string("two blocks: ") + what + " block number " + std::to_string(block - 1) + ", at " +
+           place_of(region, address),
+       {actor.site, image_base + site});
+}
+
+void check_against_write(const Cell& cell, const Actor& actor, const Region& region, uintptr_t address, Access kind) {
+  if (cell.write_block == 0 || (kind == Access::kAtomic && cell.atomic)) return;
+  if (cell.write_block != current_block->number) {
+    report_blocks(actor, region, address,
+                  kind == Access::kRead ? "this one reads a byte that was written by"
+                                        : "this one writes a byte that was written by",
+                  cell.write_block, cell.write_site);
+  }
+  if (!actor.knows(cell.write_agent, cell.write_time)) {
+    report_race(actor, region, address, kind == Access::kRead ? "a read" : "a write", "a write", cell.write_agent,
+                cell.write_site);
+  }
+}
+
+void check_against_reads(const Cell& cell, const Actor& actor, const Region& region, uintptr_t address) {
+  const uint32_t block = current_block->number;
+  if (cell.read_by_others || (cell.read_block != 0 && cell.read_block != block)) {
+    report_blocks(actor, region, address, "this one writes a byte that was read by", cell.read_block, cell.read_site);
+  }
+  if (cell.read_block != block) return;
+  if (cell.readers == 0) {
+    if (!actor.knows(cell.read_agent, cell.read_time)) {
+      report_race(actor, region, address, "a write", "a read", cell.read_agent, cell.read_site);
+    }
+    return;
+  }
+  const Times& times = reader_sets[cell.readers - 1];
+  for (uint32_t agent = 0; agent < times.size(); ++agent) {
+    if (times[agent] != 0 && !actor.knows(agent, times[agent])) {
+      report_race(actor, region, address, "a write", "a read", agent, cell.read_site);
+    }
+  }
+}
+
+void note_read(Cell& cell, const Actor& actor) {
+  const uint32_t block = current_block->number;
+  if (cell.read_block == block && cell.readers != 0) {
+    reader_sets[cell.readers - 1][actor.agent] = actor.time;
+    return;
+  }
+  if (cell.read_block == block && cell.read_agent != actor.agent && !actor.knows(cell.read_agent, cell.read_time)) {
+    reader_sets.emplace_back(static_cast<size_t>(2 * current_block->threads_count), 0u);
+    reader_sets.back()[cell.read_agent] = cell.read_time;
+    reader_sets.back()[actor.agent] = actor.time;
+    cell.readers = static_cast<uint32_t>(reader_sets.size());
+    return;
+  }
+  cell.read_by_others = cell.read_by_others || (cell.read_block != 0 && cell.read_block != block);
+  cell.read_block = block;
+  cell.read_agent = static_cast<uint16_t>(actor.agent);
+  cell.read_time = actor.time;
+  cell.read_site = static_cast<uint32_t>(actor.site - image_base);
+  cell.readers = 0;
+}
+
+void note_write(Cell& cell, const Actor& actor, Access kind) {
+  cell.write_block = current_block->number;
+  cell.write_agent = static_cast<uint16_t>(actor.agent);
+  cell.write_time = actor.time;
+  cell.write_site = static_cast<uint32_t>(actor.site - image_base);
+  cell.atomic = kind == Access::kAtomic;
+  // readers stay known only until a write that came after them
+  cell.readers = 0;
+  cell.read_block = 0;
+}
+
+void access_by(const Actor& actor, uintptr_t address, size_t bytes, Access kind) {
+  if (on_a_stack(address)) return;
+  if (kind == Access::kRead && (inside(image_range, address, bytes) || inside(arguments_range, address, bytes))) return;
+  Region& region = region_of(address, bytes, kind, actor.site);
+  for (size_t i = 0; i < bytes; ++i) {
+    Cell& cell = region.cells[address + i - region.begin];
+    if (kind == Access::kRead && region.shared && cell.write_block == 0) {
+      fail("read of a byte that nobody wrote, at " + place_of(region, address + i), {actor.site});
+    }
+    check_against_write(cell, actor, region, address + i, kind);
+    if (kind == Access::kRead) {
+      note_read(cell, actor);
+    } else {
+      check_against_reads(cell, actor, region, address + i);
+      note_write(cell, actor, kind);
+    }
+  }
+}
+
+}  // namespace
+
+void access(Thread& thread, uintptr_t address, size_t bytes, Access kind, uintptr_t site) {
+  access_by({thread, static_cast<uint32_t>(thread.index), thread.clock.own, site}, address, bytes, kind);
+}
+
+void access_by_copy(Thread& thread, uintptr_t address, size_t bytes, Access kind, uint32_t group, uintptr_t site) {
+  const auto agent = static_cast<uint32_t>(current_block->threads_count + thread.index);
+  access_by({thread, agent, group, site}, address, bytes, kind);
+}
+
+uintptr_t from_shared_window(uint32_t address) {
+  return reinterpret_cast<uintptr_t>(current_block->shared) + address - kSharedWindow;
+}
+
+uint32_t to_shared_window(uintptr_t address, uintptr_t site) {
+  const auto base = reinterpret_cast<uintptr_t>(current_block->shared);
+  // the end itself is the address of an empty array
+  if (address < base || address > base + current_block->shared_size) {
+    fail("an address that is not in shared memory was taken for one", {site});
+  }
+  return static_cast<uint32_t>(address - base) + kSharedWindow;
+}
+
+void note_buffer(const void* data, size_t bytes) {
+  const auto begin = reinterpret_cast<uintptr_t>(data);
+  if (bytes != 0) buffers.push_back({begin, begin + bytes});
+}
+
+void forget_buffers() { buffers.clear(); }
+
+std::string describe_site(uintptr_t site) {
+  static std::map<uintptr_t, std::string> known;
+  if (image_base == 0) find_image();
+  std::string& text = known[site];
+  if (!text.empty()) return text;
+  Dl_info info;
+  dladdr(reinterpret_cast<const void*>(&find_image), &info);
+  char command[4096];
+  // one before the return address: the call itself
+  std::snprintf(command, sizeof command, "addr2line -C -s -f -i -e '%s' %zx 2>/dev/null", info.dli_fname,
+                static_cast<size_t>(site - image_base - 1));
+  if (FILE* lines = popen(command, "r")) {
+    char function[2048], place[1024];
+    while (std::fgets(function, sizeof function, lines) && std::fgets(place, sizeof place, lines)) {
+      std::string_view where(place, std::strcspn(place, "\n ("));
+      const std::string_view name(function, std::strcspn(function, "<(\n"));
+      text += (text.empty() ? "" : " in ") + std::string(where) + " " +
+              std::string(name.substr(name.rfind(':') == std::string_view::npos ? 0 : name.rfind(':') + 1));
+    }
+    pclose(lines);
+  }
+  if (text.empty()) text = "an unknown place";
+  return text;
+}
+
+MemoryOfLaunch::MemoryOfLaunch(const void* arguments, size_t argument_bytes, unsigned char* shared,
+                               size_t shared_bytes) {
+  if (image_range.end == 0) find_image();
+  const auto begin = reinterpret_cast<uintptr_t>(arguments);
+  arguments_range = {begin, begin + argument_bytes};
+  std::vector<Range> sorted = buffers;
+  std::sort(sorted.begin(), sorted.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
+  regions.clear();
+  for (const Range& range : sorted) {
+    if (!regions.empty() && range.begin < regions.back().end) {
+      regions.back().end = std::max(regions.back().end, range.end);
+    } else {
+      regions.push_back({range.begin, range.end, nullptr, 0, false});
+    }
+  }
+  for (Region& region : regions) region.cells = map_cells(region.end - region.begin, region.mapped);
+  if (shared_bytes != 0) {
+    const auto base = reinterpret_cast<uintptr_t>(shared);
+    Region region = {base, base + shared_bytes, nullptr, 0, true};
+    region.cells = map_cells(shared_bytes, region.mapped);
+    regions.push_back(region);
+  }
+}
+
+MemoryOfLaunch::~MemoryOfLaunch() {
+  for (Region& region : regions) munmap(region.cells, region.mapped);
+  regions.clear();
+}
+
+void MemoryOfLaunch::begin_block() {
+  reader_sets.clear();
+  if (!regions.empty() && regions.back().shared) std::memset(regions.back().cells, 0, regions.back().mapped);
+}
+
+}  // namespace emulation

@@ -1,0 +1,62 @@
+// The text of PTX, parsed: statements whose arguments are operands of the asm, registers of the text, or numbers.
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+#include <string>
+#include <vector>
+
+#include "block.h"
+
+namespace emulation {
+
+struct Argument {
+  enum Kind : uint8_t { kOperand, kRegister, kNumber } kind;
+  bool negated;    // !p
+  bool address;    // [x]
+  int64_t offset;  // of an address
+  uint32_t index;  // of operands and registers
+  uint64_t number;
+};
+
+// The values of one execution.
+struct Frame {
+  Operand operands[80];
+  uint64_t registers[8];
+  uint64_t get(const Argument& argument) const;
+  void set(const Argument& argument, uint64_t bits);
+};
+
+// One place where a statement of a program stands.
+struct Context {
+  Block& block;
+  Thread& thread;
+  Frame& frame;
+  uintptr_t site;
+};
+
+struct Statement {
+  using Handler = void (*)(Context&, const Statement&);
+  std::string opcode;
+  Handler handler;
+  // vectors in braces are one group
+  std::vector<std::vector<Argument>> groups;
+  bool guarded, guard_negated;
+  uint32_t guard;
+
+  const Argument& argument(size_t group) const { return groups[group][0]; }
+};
+
+using Program = std::vector<Statement>;
+
+// Throws std::invalid_argument for what it cannot read or does not know.
+Program parse(const std::string& text);
+
+// The handler of an opcode, null if the emulation does not know it.
+Statement::Handler find_handler(const std::string& opcode);
+Statement::Handler scalar_handler(const std::string& opcode);
+Statement::Handler memory_handler(const std::string& opcode);
+Statement::Handler warp_handler(const std::string& opcode);
+Statement::Handler matrix_handler(const std::string& opcode);
+
+}  // namespace emulation
