@@ -21,9 +21,10 @@ _TEXT_KEYS = ("text", "segment", "contents", "content", "body", "passage")
 class MultiViewRankLLM:
     """A `MultiViewReranker` with RankLLM's interface: ``MultiViewRankLLM("path/to/model").rerank_batch(requests)``.
 
-    All candidates of a request are scored together, without sliding windows. ``Reranker(MultiViewRankLLM(...))`` of
-    ``rank_llm.rerank`` runs it too, and writes its files; only that needs what RankLLM installs beside itself, vLLM
-    among it. Here `rank_llm.data` is enough: ``pip install --no-deps rank_llm`` and ``pip install dacite``.
+    All candidates of a request are scored together, without sliding windows. Needs `rank_llm.data` alone: ``pip install
+    --no-deps rank_llm`` and ``pip install dacite``. It is what ``rank_llm.rerank.Reranker`` takes as its model
+    coordinator; but that module of RankLLM 0.25 needs vLLM and a transformers before 5, which this package does not
+    run with.
 
     Args:
         model: a `MultiViewReranker`, or the directory or the Hub name of a model.
