@@ -104,9 +104,7 @@ def test_only_the_stable_interface_of_torch_is_used(library):
     names = re.findall(r"^ +U (.+?)(?:@.*)?$", listing, re.M)
     assert not [name for name in names if re.match(r"(at|c10|torch)::", name)]
     ours = [name for name in names if name.startswith(("aoti_torch_", "torch_"))]
-    assert len(ours) > 10
-    # added to torch after 2.11, the oldest torch that the binary promises to load under
-    assert not {"torch_exception_get_what", "torch_new_stable_ivalue"} & set(ours)
+    assert len(ours) > 10  # test_cuda_kernels.py holds them against the oldest torch
 
 
 @pytest.mark.parametrize("name", [*LOOPS, "isa", "dispatch"])
@@ -117,20 +115,3 @@ def test_portable_level_compiles_for_aarch64(name, tmp_path):
     source = ROOT / "csrc" / "cpu" / f"{name}.cpp"
     command = [compiler, "-std=c++20", "-O3", "-Wall", "-Wextra", "-Werror", "-c", source, "-o", tmp_path / "out.o"]
     subprocess.run(command, check=True)
-
-
-def test_cuda_kernels_spill_nothing():
-    library = _library.CPU.path.with_name("_cuda.so")
-    triton = pytest.importorskip("triton")
-    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    if not library.exists():
-        pytest.skip("the CUDA library was not built")
-    usage = subprocess.run([cuobjdump, "--dump-resource-usage", library], capture_output=True, text=True, check=True)
-    kernels = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage.stdout)
-    assert len(kernels) == 2 * len(_library.built_cuda_architectures())
-    for name, registers, stack, local in kernels:
-        assert (int(stack), int(local)) == (0, 0), name
-        assert int(registers) <= 32, name
-    sass = subprocess.run([cuobjdump, "--dump-sass", library], capture_output=True, text=True, check=True).stdout
-    assert "VOTE" in sass
-    assert "BREV" in sass

@@ -1,0 +1,185 @@
+"""What nvcc made of the CUDA kernels: registers, no memory behind them, the instructions meant to be there; and that
+torch 2.11, the oldest the library promises to load under, has every symbol that it wants.
+
+Read from the built library by cuobjdump, which Triton's package brings; no GPU takes part.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from embedding_kernels import _library
+
+LIBRARY = _library.CPU.path.with_name("_cuda.so")
+SYMBOLS = Path(__file__).with_name("torch_2_11_cuda_symbols.txt")
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What holds for every instance of a kernel template. Instructions are patterns at the start of a name in SASS."""
+
+    registers: int = 128  # what 512 threads a multiprocessor may have
+    instructions: tuple[str, ...] = ()
+    # of those instances whose template arguments match a pattern
+    where: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+KERNELS = {
+    "pack_bits_kernel": Expected(32, ("VOTE", "BREV")),
+}
+
+# additions of floats in no fixed order, and the exchange by which one is made where there is no instruction for it;
+# memory behind the registers
+FORBIDDEN = r"(RED|ATOM[GS]?)\.(.*(F16|BF16|F32|F64)|.*CAS)|LDL|STL"
+
+
+@dataclass
+class Kernel:
+    """One instance of a kernel template for one architecture."""
+
+    architecture: str
+    name: str
+    arguments: str  # of the template
+    registers: int
+    stack: int
+    local: int
+    instructions: frozenset[str]
+
+    def __str__(self) -> str:
+        return f"{self.name}<{self.arguments}> for {self.architecture}"
+
+
+def split(demangled: str) -> tuple[str, str]:
+    """Name without namespaces, and template arguments, of a demangled function."""
+    text = demangled.replace("(anonymous namespace)::", "").removeprefix("void ")
+    head = re.match(r"[\w:]+", text)
+    assert head, demangled
+    name, rest = head.group().rsplit("::", 1)[-1], text[head.end() :]
+    if not rest.startswith("<"):
+        return name, ""
+    depth = 0
+    for place, character in enumerate(rest):
+        depth += (character == "<") - (character == ">" and rest[place - 1] != "-")
+        if depth == 0:
+            return name, rest[1:place]
+    raise AssertionError(demangled)
+
+
+def _cuobjdump(what: str) -> Iterator[tuple[str, str]]:
+    """(architecture, listing) of the library's parts."""
+    triton = pytest.importorskip("triton")
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    done = subprocess.run([program, what, LIBRARY], capture_output=True, text=True, check=True)
+    for part in done.stdout.split("Fatbin elf code:")[1:]:
+        found = re.search(r"^arch = (\w+)", part, re.M)
+        assert found, part[:300]
+        yield found.group(1), part
+
+
+def _demangled(names: list[str]) -> list[str]:
+    done = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+@cache
+def kernels() -> tuple[Kernel, ...]:
+    """Every kernel of the library, with what both listings say of it."""
+    if not LIBRARY.exists():
+        pytest.skip("the CUDA library was not built")
+    if shutil.which("c++filt") is None:
+        pytest.skip("binutils are not installed")
+    usage = {}
+    for architecture, listing in _cuobjdump("--dump-resource-usage"):
+        for function, *numbers in re.findall(
+            r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", listing
+        ):
+            usage[architecture, function] = tuple(map(int, numbers))
+    code = {}
+    for architecture, listing in _cuobjdump("--dump-sass"):
+        for body in listing.split("Function : ")[1:]:
+            instructions = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ +)?([A-Z][\w.]*)", body, re.M)
+            code[architecture, body.split(maxsplit=1)[0]] = frozenset(instructions)
+    assert usage.keys() == code.keys()
+    found = []
+    for (architecture, function), name in zip(usage, _demangled([key[1] for key in usage]), strict=True):
+        key = architecture, function
+        found.append(Kernel(architecture, *split(name), *usage[key], code[key]))
+    return tuple(found)
+
+
+def instances(name: str) -> list[Kernel]:
+    return [kernel for kernel in kernels() if kernel.name == name]
+
+
+def missing(kernel: Kernel, expected: Expected) -> list[str]:
+    """Patterns of instructions that an instance should hold and does not."""
+    wanted = list(expected.instructions)
+    for pattern, more in expected.where.items():
+        if re.search(pattern, kernel.arguments):
+            wanted += more
+    return [mark for mark in wanted if not any(re.match(mark, held) for held in kernel.instructions)]
+
+
+def test_every_kernel_of_the_library_has_its_row():
+    unknown = sorted({kernel.name for kernel in kernels()} - set(KERNELS))
+    worst = {name: max(kernel.registers for kernel in instances(name)) for name in unknown}
+    assert not unknown, f"kernels without a row in this file, with the registers they take: {worst}"
+
+
+def test_every_architecture_is_in_the_library():
+    built = {int("".join(filter(str.isdigit, kernel.architecture))) for kernel in kernels()}
+    assert built == set(_library.built_cuda_architectures())
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_registers_hold_everything(name):
+    found = instances(name)
+    assert found, f"the library has no {name}"
+    for kernel in found:
+        assert (kernel.stack, kernel.local) == (0, 0), kernel
+        assert kernel.registers <= KERNELS[name].registers, kernel
+        assert not [held for held in kernel.instructions if re.match(FORBIDDEN, held)], kernel
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_instructions_are_where_they_belong(name):
+    found = instances(name)
+    for kernel in found:
+        assert not missing(kernel, KERNELS[name]), kernel
+    for pattern in KERNELS[name].where:
+        # a pattern that no instance matches would demand nothing
+        assert any(re.search(pattern, kernel.arguments) for kernel in found), pattern
+
+
+def test_what_is_forbidden_would_be_found():
+    for wrong in ("RED.E.ADD.F32.FTZ.RN.STRONG.GPU", "ATOMG.E.ADD.F16x2.RN.STRONG.GPU", "ATOMS.CAST.SPIN", "LDL.LU"):
+        assert re.match(FORBIDDEN, wrong), wrong
+    for fine in ("REDUX.SUM", "RED.E.ADD.STRONG.GPU", "ATOMS.ADD", "ATOMG.E.ADD.64.STRONG.GPU", "LDG.E.128"):
+        assert not re.match(FORBIDDEN, fine), fine
+
+
+def test_names_are_split_as_the_compiler_writes_them():
+    assert split("void a::(anonymous namespace)::f<b::C<1>, (bool)1>(b::C<1> const*, int)") == ("f", "b::C<1>, (bool)1")
+    assert split("a::(anonymous namespace)::g(int)") == ("g", "")
+
+
+@pytest.mark.parametrize("library", ("_cpu.so", "_cuda.so"))
+def test_torch_2_11_has_every_symbol(library):
+    path = LIBRARY.with_name(library)
+    if not path.exists():
+        pytest.skip(f"{library} was not built")
+    if shutil.which("nm") is None:
+        pytest.skip("binutils are not installed")
+    listing = subprocess.run(["nm", "-D", "--undefined-only", path], capture_output=True, text=True, check=True).stdout
+    wanted = set(re.findall(r"^ +U ((?:aoti_torch_|torch_)\w+)", listing, re.M))
+    there = {line for line in SYMBOLS.read_text().splitlines() if not line.startswith("#")}
+    assert len(wanted) > 10
+    assert not wanted - there
