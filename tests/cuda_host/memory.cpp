@@ -15,12 +15,14 @@ namespace emulation {
 namespace {
 
 // What is known of one byte, within a launch. Block 0 means nobody.
+struct Touch {
+  uint32_t time, site, block;
+  uint16_t agent;
+};
 struct Cell {
-  uint32_t write_time, write_site, write_block;
-  uint32_t read_time, read_site, read_block;
-  uint16_t write_agent, read_agent;
-  uint32_t readers;  // 1 + place in `reader_sets` where several threads read it unordered, else 0
-  bool read_by_others, atomic;
+  Touch write, atomic, read;  // `atomic` is the last one since the write
+  uint32_t readers;           // 1 + place in `reader_sets` where several threads read it unordered, else 0
+  bool read_by_others;
 };
 
 struct Region {
@@ -127,83 +129,88 @@ struct Actor {
 };
 
 [[noreturn]] void report_race(const Actor& actor, const Region& region, uintptr_t address, const char* now,
-                              const char* before, uint32_t agent, uint32_t site) {
-  fail(std::string("race: ") + now + " by " + who(actor.agent) + " and " + before + " by " + who(agent) +
+                              const char* before, const Touch& touch) {
+  fail(std::string("race: ") + now + " by " + who(actor.agent) + " and " + before + " by " + who(touch.agent) +
            " are not ordered, at " + place_of(region, address),
-       {actor.site, image_base + site});
+       {actor.site, image_base + touch.site});
 }
 
 [[noreturn]] void report_blocks(const Actor& actor, const Region& region, uintptr_t address, const char* what,
-                                uint32_t block, uint32_t site) {
-  fail(std::string("two blocks: ") + what + " block number " + std::to_string(block - 1) + ", at " +
+                                const Touch& touch) {
+  fail(std::string("two blocks: ") + what + " block number " + std::to_string(touch.block - 1) + ", at " +
            place_of(region, address),
-       {actor.site, image_base + site});
+       {actor.site, image_base + touch.site});
 }
 
-void check_against_write(const Cell& cell, const Actor& actor, const Region& region, uintptr_t address, Access kind) {
-  if (cell.write_block == 0 || (kind == Access::kAtomic && cell.atomic)) return;
-  if (cell.write_block != current_block->number) {
+// A write, or an atomic, that came before this access must be known to it.
+void check_against(const Touch& before, const char* what, const Actor& actor, const Region& region, uintptr_t address,
+                   Access kind) {
+  if (before.block == 0) return;
+  if (before.block != current_block->number) {
     report_blocks(actor, region, address,
                   kind == Access::kRead ? "this one reads a byte that was written by"
                                         : "this one writes a byte that was written by",
-                  cell.write_block, cell.write_site);
+                  before);
   }
-  if (!actor.knows(cell.write_agent, cell.write_time)) {
-    report_race(actor, region, address, kind == Access::kRead ? "a read" : "a write", "a write", cell.write_agent,
-                cell.write_site);
+  if (!actor.knows(before.agent, before.time)) {
+    report_race(actor, region, address, kind == Access::kRead ? "a read" : "a write", what, before);
   }
 }
 
 void check_against_reads(const Cell& cell, const Actor& actor, const Region& region, uintptr_t address) {
   const uint32_t block = current_block->number;
-  if (cell.read_by_others || (cell.read_block != 0 && cell.read_block != block)) {
-    report_blocks(actor, region, address, "this one writes a byte that was read by", cell.read_block, cell.read_site);
+  if (cell.read_by_others || (cell.read.block != 0 && cell.read.block != block)) {
+    report_blocks(actor, region, address, "this one writes a byte that was read by", cell.read);
   }
-  if (cell.read_block != block) return;
+  if (cell.read.block != block) return;
   if (cell.readers == 0) {
-    if (!actor.knows(cell.read_agent, cell.read_time)) {
-      report_race(actor, region, address, "a write", "a read", cell.read_agent, cell.read_site);
+    if (!actor.knows(cell.read.agent, cell.read.time)) {
+      report_race(actor, region, address, "a write", "a read", cell.read);
     }
     return;
   }
   const Times& times = reader_sets[cell.readers - 1];
   for (uint32_t agent = 0; agent < times.size(); ++agent) {
     if (times[agent] != 0 && !actor.knows(agent, times[agent])) {
-      report_race(actor, region, address, "a write", "a read", agent, cell.read_site);
+      report_race(actor, region, address, "a write", "a read",
+                  {times[agent], cell.read.site, block, static_cast<uint16_t>(agent)});
     }
   }
 }
 
+Touch touch_of(const Actor& actor) {
+  return {actor.time, static_cast<uint32_t>(actor.site - image_base), current_block->number,
+          static_cast<uint16_t>(actor.agent)};
+}
+
 void note_read(Cell& cell, const Actor& actor) {
-  const uint32_t block = current_block->number;
-  if (cell.read_block == block && cell.readers != 0) {
+  const bool same_block = cell.read.block == current_block->number;
+  if (same_block && cell.readers != 0) {
     reader_sets[cell.readers - 1][actor.agent] = actor.time;
     return;
   }
-  if (cell.read_block == block && cell.read_agent != actor.agent && !actor.knows(cell.read_agent, cell.read_time)) {
+  if (same_block && cell.read.agent != actor.agent && !actor.knows(cell.read.agent, cell.read.time)) {
     reader_sets.emplace_back(static_cast<size_t>(2 * current_block->threads_count), 0u);
-    reader_sets.back()[cell.read_agent] = cell.read_time;
+    reader_sets.back()[cell.read.agent] = cell.read.time;
     reader_sets.back()[actor.agent] = actor.time;
     cell.readers = static_cast<uint32_t>(reader_sets.size());
     return;
   }
-  cell.read_by_others = cell.read_by_others || (cell.read_block != 0 && cell.read_block != block);
-  cell.read_block = block;
-  cell.read_agent = static_cast<uint16_t>(actor.agent);
-  cell.read_time = actor.time;
-  cell.read_site = static_cast<uint32_t>(actor.site - image_base);
+  cell.read_by_others = cell.read_by_others || (cell.read.block != 0 && !same_block);
+  cell.read = touch_of(actor);
   cell.readers = 0;
 }
 
 void note_write(Cell& cell, const Actor& actor, Access kind) {
-  cell.write_block = current_block->number;
-  cell.write_agent = static_cast<uint16_t>(actor.agent);
-  cell.write_time = actor.time;
-  cell.write_site = static_cast<uint32_t>(actor.site - image_base);
-  cell.atomic = kind == Access::kAtomic;
-  // readers stay known only until a write that came after them
+  if (kind == Access::kAtomic) {
+    cell.atomic = touch_of(actor);
+    return;
+  }
+  cell.write = touch_of(actor);
+  // whatever else touched the byte came before
+  cell.atomic = {};
+  cell.read = {};
   cell.readers = 0;
-  cell.read_block = 0;
 }
 
 void access_by(const Actor& actor, uintptr_t address, size_t bytes, Access kind) {
@@ -212,10 +219,11 @@ void access_by(const Actor& actor, uintptr_t address, size_t bytes, Access kind)
   Region& region = region_of(address, bytes, kind, actor.site);
   for (size_t i = 0; i < bytes; ++i) {
     Cell& cell = region.cells[address + i - region.begin];
-    if (kind == Access::kRead && region.shared && cell.write_block == 0) {
+    if (kind != Access::kWrite && region.shared && cell.write.block == 0) {
       fail("read of a byte that nobody wrote, at " + place_of(region, address + i), {actor.site});
     }
-    check_against_write(cell, actor, region, address + i, kind);
+    check_against(cell.write, "a write", actor, region, address + i, kind);
+    if (kind != Access::kAtomic) check_against(cell.atomic, "an atomic", actor, region, address + i, kind);
     if (kind == Access::kRead) {
       note_read(cell, actor);
     } else {
