@@ -1,5 +1,5 @@
 // Where the elements of a matrix product lie in the registers of a warp, as the PTX ISA draws them ("Matrix fragments
-// for mma"). A test compares these maps with CuTe's layouts.
+// for mma", "ldmatrix"). A test compares these maps with CuTe's layouts.
 #pragma once
 
 namespace emulation {
@@ -24,5 +24,10 @@ inline Element left(Lane lane, int i, int j, int values) {
 
 // B [K × 8]: register i of 2 holds `values` neighbours of a column; value j.
 inline Element right(Lane lane, int i, int j, int values) { return {values * lane.t + j + 4 * values * i, lane.g}; }
+
+// ldmatrix: half j of a lane's register, in its matrix [8 × 8]; the same for each of the matrices.
+inline Element loaded(Lane lane, int j, bool transposed) {
+  return transposed ? Element{2 * lane.t + j, lane.g} : Element{lane.g, 2 * lane.t + j};
+}
 
 }  // namespace emulation

@@ -36,11 +36,10 @@ void load_matrices(Context& c, const Statement& s) {
           std::memcpy(matrices[i / 8][i % 8], reinterpret_cast<const void*>(row), 16);
         }
         for (int lane = 0; lane < 32; ++lane) {
-          const int g = lane / 4, t = lane % 4;
+          const Element first = loaded(Lane(lane), 0, Transposed), second = loaded(Lane(lane), 1, Transposed);
           for (int i = 0; i < Count; ++i) {
             const auto& m = matrices[i];
-            const uint32_t low = Transposed ? m[2 * t][g] : m[g][2 * t];
-            const uint32_t high = Transposed ? m[2 * t + 1][g] : m[g][2 * t + 1];
+            const uint32_t low = m[first.row][first.column], high = m[second.row][second.column];
             frames[lane]->set(st.groups[0][static_cast<size_t>(i)], high << 16 | low);
           }
         }

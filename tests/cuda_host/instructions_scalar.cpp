@@ -55,6 +55,7 @@ const std::unordered_map<std::string, Statement::Handler>& handlers() {
       {"ex2.approx.ftz.f32", [](C c, S s) { give(c, s, flushed(std::exp2(flushed(real(c, s, 1))))); }},
       {"lg2.approx.f32", [](C c, S s) { give(c, s, std::log2(real(c, s, 1))); }},
       {"rsqrt.approx.f32", [](C c, S s) { give(c, s, 1.0f / std::sqrt(real(c, s, 1))); }},
+      {"rcp.approx.ftz.f32", [](C c, S s) { give(c, s, flushed(1.0f / flushed(real(c, s, 1)))); }},
       {"rcp.approx.f32", [](C c, S s) { give(c, s, 1.0f / real(c, s, 1)); }},
       {"tanh.approx.f32", [](C c, S s) { give(c, s, coarse(std::tanh(real(c, s, 1)))); }},
       {"fma.rn.f32", [](C c, S s) { give(c, s, std::fma(real(c, s, 1), real(c, s, 2), real(c, s, 3))); }},
