@@ -9,6 +9,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 PIP = $(VENV)/bin/pip --disable-pip-version-check
 RUN = $(VENV)/bin/python
+CLANG_SOURCES = '*.cpp' '*.h' '*.cu' '*.cuh'
 SOURCES = $(shell find csrc CMakeLists.txt setup.py pyproject.toml -type f)
 
 .PHONY: demo test bench lint sanitize gpu clean format
@@ -30,10 +31,16 @@ $(VENV)/.extra-%: $(VENV)/.built pyproject.toml
 	touch $@
 comma := ,
 
+# adapters are tested against the real RankLLM, whose dependencies would bring vLLM and its torch; and the emulation of
+# CUDA kernels against CUTLASS's headers
+$(VENV)/.test-alone: $(VENV)/.extra-test+demo+bench
+	$(PIP) install -q --no-deps "rank_llm==0.25.7" "nvidia-cutlass==4.2.0.0"
+	touch $@
+
 demo: $(VENV)/.extra-demo
 	$(VENV)/bin/embedding-kernels demo $(ARGS)
 
-test: $(VENV)/.extra-test+demo+bench
+test: $(VENV)/.extra-test+demo+bench $(VENV)/.test-alone
 	$(RUN) -m pytest $(ARGS)
 
 bench: $(VENV)/.extra-bench
@@ -43,12 +50,12 @@ lint: $(VENV)/.extra-lint+test+demo
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
-	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' | xargs $(VENV)/bin/clang-format --dry-run --Werror
+	git ls-files $(CLANG_SOURCES) | xargs $(VENV)/bin/clang-format --dry-run --Werror
 
 format: $(VENV)/.extra-lint+test+demo
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
-	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' | xargs $(VENV)/bin/clang-format -i
+	git ls-files $(CLANG_SOURCES) | xargs $(VENV)/bin/clang-format -i
 
 # a package of its own beside the sources, so that the ordinary build stays as it is
 SANITIZED = build/sanitized
