@@ -166,6 +166,15 @@ def test_half_precision_is_formed_in_float32(dtype):
     assert listnet(double(2, 3), double(2, 3)).dtype == torch.float64
 
 
+def test_autocast_rounds_nothing():
+    scores, anchors = double(9).float(), double(2, 4, 8).float()
+    targets = ragged_targets().float()
+    plain = [*(loss(scores, targets, OFFSETS) for loss in LOSSES), orthogonality(anchors)]
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = [*(loss(scores, targets, OFFSETS) for loss in LOSSES), orthogonality(anchors)]
+    assert cast == plain
+
+
 # ---- bad input ----
 
 SCORES, TARGETS = torch.zeros(2, 3), torch.full((2, 3), 1 / 3)

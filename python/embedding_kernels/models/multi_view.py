@@ -129,6 +129,12 @@ def save_multi_view(model: MultiViewModel, tokenizer: Any, path: str | Path) -> 
     Raises:
         FileExistsError: ``path`` exists and is not an empty directory.
     """
+    with whole_directory(Path(path)) as directory:
+        write_multi_view(model, tokenizer, directory)
+
+
+def write_multi_view(model: MultiViewModel, tokenizer: Any, directory: Path) -> None:
+    """Write the files of the published layout into a directory that is there, over those of the same names."""
     from safetensors.torch import save_file
 
     config = {**model.t5.config.to_dict(), "architectures": ["MVP"], _VIEWS_KEY: model.views}
@@ -138,10 +144,9 @@ def save_multi_view(model: MultiViewModel, tokenizer: Any, path: str | Path) -> 
         for name, weight in model.t5.state_dict().items()
         if not name.endswith("embed_tokens.weight")
     }
-    with whole_directory(Path(path)) as directory:
-        save_file(weights, str(directory / "model.safetensors"), metadata={"format": "pt"})
-        (directory / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
-        tokenizer.save_pretrained(directory)
+    save_file(weights, str(directory / "model.safetensors"), metadata={"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
+    tokenizer.save_pretrained(directory)
 
 
 def _published_name(name: str) -> str:

@@ -112,9 +112,10 @@ def orthogonality(anchors: Tensor) -> Tensor:
         ValueError: bad dtype or rank.
     """
     check_tensor("orthogonality", "anchors", anchors, "a float tensor [B, m, D]", _FLOATS, 3)
-    unit = torch.nn.functional.normalize(_wide(anchors), dim=-1)
-    identity = torch.eye(anchors.shape[1], dtype=unit.dtype, device=unit.device)
-    return (unit @ unit.transpose(1, 2) - identity).square().sum() / max(anchors.shape[0], 1)
+    with torch.autocast(anchors.device.type, enabled=False):  # which would round the cosines
+        unit = torch.nn.functional.normalize(_wide(anchors), dim=-1)
+        identity = torch.eye(anchors.shape[1], dtype=unit.dtype, device=unit.device)
+        return (unit @ unit.transpose(1, 2) - identity).square().sum() / max(anchors.shape[0], 1)
 
 
 # ---- over lists of one length, or of any ----
