@@ -27,10 +27,10 @@ if __package__ in (None, ""):  # run as a file: its package is the folder above
 import embedding_kernels as ek
 from bench import machine, results
 from bench.ranking import Quality, by_distance, by_score
+from bench.wordnet import data_lines
 from embedding_kernels.demo_data import minilm_directory
 from embedding_kernels.models.vocabulary import words_of
 
-_WORDNET = Path("/usr/share/wordnet")
 _CANDIDATES = 1000  # nearest codes that Real-Binary ranks again by its real rows
 _SEED = 0
 
@@ -45,11 +45,7 @@ class Split(NamedTuple):
 
 def read_wordnet(held_out: int) -> Split:
     """All definitions with their examples, in a drawn order that never changes."""
-    paths = [_WORDNET / f"data.{part}" for part in ("noun", "verb", "adj", "adv")]
-    for path in paths:
-        if not path.exists():
-            raise FileNotFoundError(f"{path} is missing: install WordNet's database (Debian: wordnet-base)")
-    lines = [line for path in paths for line in path.read_text(encoding="utf-8").splitlines() if line[0] != " "]
+    lines = data_lines()
     order = np.random.default_rng(_SEED).permutation(len(lines))
     lines = [lines[i] for i in order]
     texts = [line.split(" | ", 1)[1].strip() for line in lines]
