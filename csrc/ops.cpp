@@ -195,6 +195,12 @@ STABLE_TORCH_LIBRARY_IMPL(embedding_kernels, CPU, m) {
 EK_LIBRARY_IMPL(EK_LIBRARY_NAME, EK_CUDA_KEY, m) {
   using namespace embedding_kernels;
   m.impl("pack_bits", TORCH_BOX(&cuda::pack_bits));
+  m.impl("grouped_softmax", TORCH_BOX(&cuda::grouped_softmax));
+  m.impl("grouped_softmax_forward", TORCH_BOX(&cuda::grouped_softmax));
+  m.impl("grouped_softmax_backward", TORCH_BOX(&cuda::grouped_softmax_backward));
+  m.impl("geglu_segment_pool", TORCH_BOX(&cuda::geglu_segment_pool));
+  m.impl("geglu_segment_pool_forward", TORCH_BOX(&cuda::geglu_segment_pool));
+  m.impl("geglu_segment_pool_backward", TORCH_BOX(&cuda::geglu_segment_pool_backward));
 }
 
 #endif

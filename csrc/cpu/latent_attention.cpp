@@ -1,29 +1,14 @@
 // Checks and dispatch of the latent attention family on torch tensors.
 #include "latent_attention.h"
 
-#include "../checks.h"
 #include "../kernels.h"
+#include "../latent_attention_checks.h"
 #include "latent_attention_driver.h"
 #include "pooling.h"
 #include "torch_support.h"
 
 namespace embedding_kernels::cpu {
 namespace {
-
-const char* const kScores =
-    "a float32, bfloat16 or float16 tensor [T, groups * size] (float64 runs with backend=\"reference\")";
-const char* const kHidden = "a float32, bfloat16 or float16 tensor [T, 2 F] (float64 runs with backend=\"reference\")";
-const char* const kOffsets = "an int32 tensor [sequences + 1]";
-
-void check_groups(const char* op, const char* argument, const Tensor& rows, int64_t groups) {
-  check_tensor(op, argument, rows, kScores, kFloats, 2);
-  check_at_least(op, "groups", groups, 1);
-  if (rows.size(1) % groups != 0) {
-    refuse(op, "groups",
-           std::string("a divisor of the width of ") + argument + " (" + std::to_string(rows.size(1)) + ")",
-           std::to_string(groups));
-  }
-}
 
 const uint8_t* row_of(const Tensor& tensor, int64_t row) {
   const auto* data = static_cast<const uint8_t*>(tensor.const_data_ptr());
@@ -48,7 +33,7 @@ struct GatedTensors {
   std::vector<float> bias_values = {};
 
   GatedPooling checked(const char* op) {
-    check(op);
+    latent_attention::check_gated(op, hidden, bias, offsets, weights);
     hidden = dense_rows(hidden);
     offsets = torch::stable::contiguous(offsets);
     if (weights) weights = torch::stable::contiguous(*weights);
@@ -64,32 +49,12 @@ struct GatedTensors {
             offsets.size(0) - 1,
             weights ? static_cast<const float*>(weights->const_data_ptr()) : nullptr};
   }
-
- private:
-  void check(const char* op) const {
-    check_tensor(op, "hidden", hidden, kHidden, kFloats, 2);
-    if (hidden.size(1) % 2 != 0) refuse(op, "hidden", "of even width (value and gate)", describe(hidden));
-    if (bias) {
-      const std::string expected = "a float32 tensor [2 F], or " + dtype_name(hidden.scalar_type()) + " as hidden";
-      check_tensor(op, "bias", *bias, expected.c_str(), {ScalarType::Float, hidden.scalar_type()}, 1);
-      check_size(op, "bias", *bias, 0, hidden.size(1), "the width of hidden");
-    }
-    check_tensor(op, "cu_seqlens", offsets, kOffsets, {ScalarType::Int}, 1);
-    if (offsets.size(0) == 0) refuse(op, "cu_seqlens", kOffsets, describe(offsets));
-    if (weights) {
-      check_tensor(op, "weights", *weights, "a float32 tensor [T]", {ScalarType::Float}, 1);
-      check_size(op, "weights", *weights, 0, hidden.size(0), "one for each row of hidden");
-    }
-    if (bias) check_same_device(op, "hidden", hidden, "bias", *bias);
-    check_same_device(op, "hidden", hidden, "cu_seqlens", offsets);
-    if (weights) check_same_device(op, "hidden", hidden, "weights", *weights);
-  }
 };
 
 }  // namespace
 
 Tensor grouped_softmax(Tensor scores, int64_t groups) {
-  check_groups("grouped_softmax", "scores", scores, groups);
+  latent_attention::check_groups("grouped_softmax", "scores", scores, groups);
   scores = dense_rows(scores);
   Tensor out = empty_rows(scores);
   const int64_t columns = scores.size(1), size = columns / groups;
@@ -102,14 +67,7 @@ Tensor grouped_softmax(Tensor scores, int64_t groups) {
 }
 
 Tensor grouped_softmax_backward(Tensor grad, Tensor probabilities, int64_t groups) {
-  const char* const op = "grouped_softmax_backward";
-  check_groups(op, "probabilities", probabilities, groups);
-  const std::string expected =
-      "a " + dtype_name(probabilities.scalar_type()) + " tensor [T, groups * size], as probabilities";
-  check_tensor(op, "grad", grad, expected.c_str(), {probabilities.scalar_type()}, 2);
-  check_size(op, "grad", grad, 0, probabilities.size(0), "the rows of probabilities");
-  check_size(op, "grad", grad, 1, probabilities.size(1), "the width of probabilities");
-  check_same_device(op, "probabilities", probabilities, "grad", grad);
+  latent_attention::check_softmax_backward("grouped_softmax_backward", grad, probabilities, groups);
   grad = dense_rows(grad);
   probabilities = dense_rows(probabilities);
   Tensor out = empty_rows(probabilities);
@@ -128,8 +86,7 @@ Tensor geglu_segment_pool(Tensor hidden, std::optional<Tensor> bias, Tensor cu_s
   const char* const op = "geglu_segment_pool";
   GatedTensors tensors{hidden, bias, cu_seqlens, weights};
   const GatedPooling pooling = tensors.checked(op);
-  const ScalarType dtype = out_dtype.value_or(hidden.scalar_type());
-  if (!is_float(dtype)) refuse(op, "out_dtype", "float32, bfloat16 or float16", dtype_name(dtype));
+  const ScalarType dtype = latent_attention::checked_out_dtype(op, hidden, out_dtype);
   Tensor out = torch::stable::empty({pooling.sequences, pooling.columns}, dtype);
   auto* const to = static_cast<uint8_t*>(out.mutable_data_ptr());
   const auto store = pooling_loops().store_scaled[dtype_of(dtype)];
@@ -146,10 +103,7 @@ std::tuple<Tensor, Tensor, Tensor> geglu_segment_pool_backward(Tensor grad, Tens
   const char* const op = "geglu_segment_pool_backward";
   GatedTensors tensors{hidden, bias, cu_seqlens, weights};
   const GatedPooling pooling = tensors.checked(op);
-  check_tensor(op, "grad", grad, "a float32, bfloat16 or float16 tensor [S, F]", kFloats, 2);
-  check_size(op, "grad", grad, 0, pooling.sequences, "the number of sequences");
-  check_size(op, "grad", grad, 1, pooling.columns, "half the width of hidden");
-  check_same_device(op, "hidden", hidden, "grad", grad);
+  latent_attention::check_pooled_grad(op, grad, hidden, pooling.sequences);
   const std::vector<float> scales = gated_scales(pooling);
   std::vector<float> pooled = as_floats(grad);
   for (int64_t s = 0; s < pooling.sequences; ++s) {

@@ -142,6 +142,12 @@ __device__ inline float log2_near(float x) {
   EK_PTX_PURE("lg2.approx.f32 %0, %1;", (EK_OUT_F32(y)), (EK_IN_F32(x)));
   return y;
 }
+// 1 / x to one unit in the last place; of numbers below the normal ones, an infinity.
+__device__ inline float reciprocal_near(float x) {
+  float y;
+  EK_PTX_PURE("rcp.approx.ftz.f32 %0, %1;", (EK_OUT_F32(y)), (EK_IN_F32(x)));
+  return y;
+}
 // tanh(x) to 2^-11: for what is rounded to bfloat16 or float16 anyway.
 __device__ inline float tanh_near(float x) {
   float y;

@@ -14,7 +14,10 @@ from operators import assert_same
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # rows, groups, columns of a group
-SIZES = ((21, 8, 5), (1, 1, 1), (0, 4, 3), (5, 3, 0), (9, 7, 1), (3, 1, 1031), (4, 8, 512), (300, 2, 16), (6, 5, 77))
+SIZES = (
+    *((21, 8, 5), (1, 1, 1), (0, 4, 3), (5, 3, 0), (9, 7, 1), (3, 1, 1031), (4, 8, 512), (300, 2, 16), (6, 5, 77)),
+    *((2, 1, 4099), (1, 2, 4200)),  # past what a block of the CUDA kernels holds
+)
 
 # triton's interpreter is numpy, which warns of infinities and NaN
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow|divide by zero) encountered:RuntimeWarning")
