@@ -65,8 +65,14 @@ def _gpu_rows() -> list[tuple[str, str]]:
     return rows
 
 
-def _cuda_state(cpu_only: bool, has_kernel: bool, triton: str) -> str:
-    return "refused (the operator has no GPU kernel)" if cpu_only else "CUDA C++" if has_kernel else triton
+def _cuda_state(name: str, cpu_only: bool, has_kernel: bool, triton: str) -> str:
+    from .ops.cuda_table import TABLE
+
+    if cpu_only:
+        return "refused (the operator has no GPU kernel)"
+    if not has_kernel:
+        return triton
+    return "CUDA C++" + "".join(f" ({row}; else {triton})" for row in TABLE.get(name, ()))
 
 
 def _operator_rows() -> list[tuple[str, str]]:
@@ -76,7 +82,7 @@ def _operator_rows() -> list[tuple[str, str]]:
     del ops  # imported for its registrations
     triton = "Triton" if _version("triton") != "not installed" else "nothing (Triton is not installed)"
     return [
-        (name, "CPU tensors: C++ · CUDA tensors: " + _cuda_state(op.cpu_only, has_cuda_kernel(name), triton))
+        (name, "CPU tensors: C++ · CUDA tensors: " + _cuda_state(name, op.cpu_only, has_cuda_kernel(name), triton))
         for name, op in OPERATORS.items()
     ]
 

@@ -1,5 +1,5 @@
-"""Fragment maps of the emulation against CuTe's, NVIDIA's own statement of them: kernel and emulation have one author and
-could share a misreading."""
+"""Fragment maps of the emulation against CuTe's, NVIDIA's own: kernel and emulation have one author, and could share a
+misreading."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ and C++ kernels stand in ``csrc/ops.cpp``.
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .. import _library as _library
 from .. import reference
+from . import cuda_table
 from .backend import requested
 
 NAMESPACE = "embedding_kernels"
@@ -131,6 +133,8 @@ def register(
         elif not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CUDA"):
             _library_of_impls.impl(registered, op.run_triton, "CUDA", allow_override=False)
             _triton_serves_cuda.add(registered)
+        elif name in cuda_table.TABLE:
+            _share_with_triton(op, registered)
         if autocast:
             _register_autocast(packet.default, registered, autocast)
     if gradient:
@@ -142,6 +146,26 @@ def register(
     elif name.endswith("_backward"):
         torch.library.register_autograd(f"{NAMESPACE}::{name}", _refuse_second_derivative(name))
     return op
+
+
+def _share_with_triton(op: Operator, registered: str) -> None:
+    """Calls that fit no row of the table go to Triton, the others to the kernel that C++ has registered."""
+    native = torch.library.get_kernel(f"{NAMESPACE}::{registered}", "CUDA")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the kernel is replaced on purpose
+        _library_of_impls.impl(
+            registered, native_or_triton(op, native.call_boxed), "CUDA", with_keyset=True, allow_override=True
+        )
+
+
+def native_or_triton(op: Operator, native: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel for the dispatcher that asks the table; ``native`` takes the dispatch keys first."""
+
+    def run(keyset: Any, *args: Any) -> Any:
+        fits = cuda_table.row_for(op.name, op.argument_names, args) is not None
+        return native(keyset, *args) if fits else op.run_triton(*args)
+
+    return run
 
 
 def _refuse_cuda(op: Operator) -> Callable[..., Any]:

@@ -1,0 +1,81 @@
+"""The CUDA library by its table: which operators it serves, which calls its kernels take, and where the others go."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cuda_host import backend as cuda_host
+from embedding_kernels.ops import cuda_table
+from embedding_kernels.ops._registry import OPERATORS, native_or_triton
+
+pytestmark = pytest.mark.skipif(cuda_host.why_not() is not None, reason=str(cuda_host.why_not()))
+EVERY_DTYPE = (torch.float32, torch.bfloat16, torch.float16)
+WIDTHS = (1, 8, 40, 64, 72, 96, 128, 136, 256, 264)
+
+
+def attention(dtype: torch.dtype, head_dim: int, value_dim: int) -> tuple[torch.Tensor, ...]:
+    q, k = torch.randn(2, 5, 2, head_dim).to(dtype)
+    offsets = torch.tensor([0, 2, 5], dtype=torch.int32)
+    return q, k, torch.randn(5, 2, value_dim).to(dtype), offsets, offsets, 3, 3
+
+
+def calls(op: str, dtype: torch.dtype, head_dim: int, value_dim: int):
+    """Arguments of one call."""
+    if op == "varlen_attention":
+        return attention(dtype, head_dim, value_dim)
+    rows, lse = torch.randn(2, 5, 2, head_dim).to(dtype), torch.randn(2, 2, 5)
+    if op == "merge_attention":
+        return rows[0], lse[0], rows[1], lse[1]
+    if op == "merge_attention_backward":
+        return rows[0], lse[0], rows[0], lse[0], rows[1], lse[1]
+    inputs = attention(dtype, head_dim, value_dim)
+    out, lse = OPERATORS["varlen_attention"].overload(*inputs)
+    rest = (None, False, -1, -1, 0.0, None, None, None, None, None, None)
+    return (torch.randn(out.shape).to(dtype), None, out, lse, *inputs, *rest)
+
+
+@pytest.mark.parametrize("name", [name for name, op in OPERATORS.items() if not op.cpu_only])
+def test_every_operator_has_a_kernel(name):
+    for registered in OPERATORS[name].registered_names:
+        assert cuda_host.has_kernel(registered), f"csrc/ops.cpp registers no CUDA kernel of {registered}"
+
+
+@pytest.mark.parametrize("dtype", EVERY_DTYPE)
+@pytest.mark.parametrize("op", cuda_table.TABLE)
+def test_rows_hold_what_the_kernels_take(op, dtype):
+    """Inside a row the kernel of its name runs; outside, the C++ code refuses."""
+    cuda_host.library()
+    run = getattr(getattr(torch.ops, cuda_host.NAMESPACE), op)
+    for width in WIDTHS:
+        for value_width in {width, 64} if op.startswith("varlen") else {width}:
+            args = calls(op, dtype, width, value_width)
+            row = cuda_table.row_for(op, OPERATORS[op].argument_names, args)
+            cuda_host.launched()
+            if row is None:
+                with pytest.raises(ValueError, match=f"{op}: "):
+                    run(*args)
+                assert not cuda_host.launched()
+            else:
+                run(*args)
+                names = [line.split()[-1] for line in cuda_host.launched()]
+                assert any(name.startswith(row.kernel) for name in names), (names, row)
+
+
+def test_both_sides_of_the_table_are_tried():
+    for op in cuda_table.TABLE:
+        fits = {
+            cuda_table.row_for(op, OPERATORS[op].argument_names, calls(op, dtype, width, width)) is not None
+            for dtype in EVERY_DTYPE
+            for width in WIDTHS
+        }
+        assert fits == {True, False}, op
+
+
+def test_calls_outside_go_to_triton(monkeypatch):
+    op = OPERATORS["varlen_attention"]
+    monkeypatch.setattr(type(op), "run_triton", lambda self, *args: "triton")
+    run = native_or_triton(op, lambda keyset, *args: f"C++ with {keyset}")
+    assert run("keys", *attention(torch.bfloat16, 64, 64)) == "C++ with keys"
+    assert run("keys", *attention(torch.float32, 64, 64)) == "triton"
+    assert run("keys", *attention(torch.bfloat16, 264, 64)) == "triton"
