@@ -201,6 +201,18 @@ EK_LIBRARY_IMPL(EK_LIBRARY_NAME, EK_CUDA_KEY, m) {
   m.impl("geglu_segment_pool", TORCH_BOX(&cuda::geglu_segment_pool));
   m.impl("geglu_segment_pool_forward", TORCH_BOX(&cuda::geglu_segment_pool));
   m.impl("geglu_segment_pool_backward", TORCH_BOX(&cuda::geglu_segment_pool_backward));
+  m.impl("add_rms_norm", TORCH_BOX(&cuda::add_rms_norm));
+  m.impl("add_rms_norm_forward", TORCH_BOX(&cuda::add_rms_norm));
+  m.impl("add_rms_norm_backward", TORCH_BOX(&cuda::add_rms_norm_backward));
+  m.impl("add_layer_norm", TORCH_BOX(&cuda::add_layer_norm));
+  m.impl("add_layer_norm_forward", TORCH_BOX(&cuda::add_layer_norm));
+  m.impl("add_layer_norm_backward", TORCH_BOX(&cuda::add_layer_norm_backward));
+  m.impl("token_prepend", TORCH_BOX(&cuda::token_prepend));
+  m.impl("token_prepend_forward", TORCH_BOX(&cuda::token_prepend));
+  m.impl("token_prepend_backward", TORCH_BOX(&cuda::token_prepend_backward));
+  m.impl("token_prepend_rms_norm", TORCH_BOX(&cuda::token_prepend_rms_norm));
+  m.impl("token_prepend_rms_norm_forward", TORCH_BOX(&cuda::token_prepend_rms_norm));
+  m.impl("token_prepend_rms_norm_backward", TORCH_BOX(&cuda::token_prepend_rms_norm_backward));
 }
 
 #endif

@@ -1,35 +1,14 @@
 // Checks and dispatch of the norm family on torch tensors.
 #include "norm.h"
 
-#include "../checks.h"
 #include "../kernels.h"
+#include "../norm_checks.h"
 #include "norm_driver.h"
 #include "token_prepend.h"
 #include "torch_support.h"
 
 namespace embedding_kernels::cpu {
 namespace {
-
-const char* const kRows = "a float32, bfloat16 or float16 tensor [T, D] (float64 runs with backend=\"reference\")";
-
-void check_like(const char* op, const char* argument, const Tensor& tensor, const Tensor& rows, const char* name) {
-  const std::string expected = "a " + dtype_name(rows.scalar_type()) + " tensor [T, D], as " + name;
-  check_tensor(op, argument, tensor, expected.c_str(), {rows.scalar_type()}, 2);
-  check_size(op, argument, tensor, 0, rows.size(0), (std::string("the rows of ") + name).c_str());
-  check_size(op, argument, tensor, 1, rows.size(1), (std::string("the width of ") + name).c_str());
-  check_same_device(op, name, rows, argument, tensor);
-}
-
-void check_vector(const char* op, const char* argument, const Tensor& tensor, const Tensor& rows, const char* name) {
-  const std::string expected = "a float32 tensor [D], or " + dtype_name(rows.scalar_type()) + " as " + name;
-  check_tensor(op, argument, tensor, expected.c_str(), {ScalarType::Float, rows.scalar_type()}, 1);
-  check_size(op, argument, tensor, 0, rows.size(1), (std::string("the width of ") + name).c_str());
-  check_same_device(op, name, rows, argument, tensor);
-}
-
-void check_eps(const char* op, double eps) {
-  if (!(eps >= 0)) refuse(op, "eps", "at least 0", std::to_string(eps));
-}
 
 // weight and bias as float32, and what else the loops want to know.
 class Kind {
@@ -64,11 +43,7 @@ uint8_t* bytes_of(Tensor& tensor) { return static_cast<uint8_t*>(tensor.mutable_
 std::tuple<Tensor, Tensor> forward(const char* op, Tensor x, std::optional<Tensor> residual, const Tensor& weight,
                                    const std::optional<Tensor>& bias, double eps, bool centred, bool more,
                                    const int64_t* places = nullptr) {
-  check_tensor(op, "x", x, kRows, kFloats, 2);
-  if (residual) check_like(op, "residual", *residual, x, "x");
-  check_vector(op, "weight", weight, x, "x");
-  if (bias) check_vector(op, "bias", *bias, x, "x");
-  check_eps(op, eps);
+  check_norm(op, x, residual, weight, bias, eps);
   x = dense_rows(x);
   if (residual) residual = dense_rows(*residual);
   const Kind kind(x, weight, bias, eps, centred, more);
@@ -87,12 +62,7 @@ struct Gradients {
 
 Gradients backward(const char* op, Tensor grad, std::optional<Tensor> grad_summed, Tensor summed, const Tensor& weight,
                    const std::optional<Tensor>& bias, double eps, bool centred, bool more) {
-  check_tensor(op, "summed", summed, kRows, kFloats, 2);
-  check_like(op, "grad_normed", grad, summed, "summed");
-  if (grad_summed) check_like(op, "grad_summed", *grad_summed, summed, "summed");
-  check_vector(op, "weight", weight, summed, "summed");
-  if (bias) check_vector(op, "bias", *bias, summed, "summed");
-  check_eps(op, eps);
+  check_norm_backward(op, grad, grad_summed, summed, weight, bias, eps);
   summed = dense_rows(summed);
   grad = dense_rows(grad);
   if (grad_summed) grad_summed = dense_rows(*grad_summed);
@@ -125,11 +95,10 @@ std::tuple<Tensor, Tensor> add_rms_norm_backward(Tensor grad_normed, std::option
 std::tuple<Tensor, Tensor> token_prepend_rms_norm(Tensor x, std::optional<Tensor> residual, Tensor source_rows,
                                                   Tensor target_rows, Tensor weight, double eps, bool one_plus_weight) {
   const char* const op = "token_prepend_rms_norm";
-  check_tensor(op, "x", x, kRows, kFloats, 2);
+  check_tensor(op, "x", x, kNormRows, kFloats, 2);
   const std::vector<int64_t> places = places_of(copies_of(op, source_rows, target_rows, x, "x"), x.size(0));
   if (residual) return forward(op, x, residual, weight, std::nullopt, eps, false, one_plus_weight, places.data());
-  check_vector(op, "weight", weight, x, "x");
-  check_eps(op, eps);
+  check_norm(op, x, residual, weight, std::nullopt, eps);
   Tensor moved = take_rows(x, places);
   return {std::get<0>(forward(op, moved, std::nullopt, weight, std::nullopt, eps, false, one_plus_weight)), moved};
 }
@@ -138,7 +107,7 @@ std::tuple<Tensor, Tensor> token_prepend_rms_norm_backward(Tensor grad_normed, s
                                                            Tensor summed, Tensor source_rows, Tensor target_rows,
                                                            Tensor weight, double eps, bool one_plus_weight) {
   const char* const op = "token_prepend_rms_norm_backward";
-  check_tensor(op, "summed", summed, kRows, kFloats, 2);
+  check_tensor(op, "summed", summed, kNormRows, kFloats, 2);
   const RowCopies copies = copies_of(op, source_rows, target_rows, summed, "summed");
   Gradients gradients =
       backward(op, grad_normed, grad_summed, summed, weight, std::nullopt, eps, false, one_plus_weight);

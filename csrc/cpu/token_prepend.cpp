@@ -5,32 +5,12 @@
 #include <algorithm>
 #include <cstring>
 
-#include "../checks.h"
 #include "../kernels.h"
 #include "pooling.h"
 #include "torch_support.h"
 
 namespace embedding_kernels::cpu {
 namespace {
-
-const char* const kRows = "a float32, bfloat16 or float16 tensor [T, D] (float64 runs with backend=\"reference\")";
-const char* const kPlaces = "an int64 tensor [N]";
-
-std::vector<int64_t> read_places(const char* op, const char* argument, const Tensor& places, const Tensor& rows,
-                                 const char* name) {
-  check_tensor(op, argument, places, kPlaces, {ScalarType::Long}, 1);
-  check_same_device(op, name, rows, argument, places);
-  const Tensor dense = torch::stable::contiguous(places);
-  const auto* values = static_cast<const int64_t*>(dense.const_data_ptr());
-  std::vector<int64_t> found(values, values + dense.size(0));
-  for (int64_t place : found) {
-    if (place < 0 || place >= rows.size(0)) {
-      refuse(op, argument, "rows of " + std::string(name) + " (0 to " + std::to_string(rows.size(0) - 1) + ")",
-             std::to_string(place));
-    }
-  }
-  return found;
-}
 
 int64_t row_bytes(const Tensor& rows) { return rows.size(1) * static_cast<int64_t>(rows.element_size()); }
 
@@ -43,16 +23,11 @@ const uint8_t* row_at(const Tensor& rows, int64_t row) {
 
 RowCopies copies_of(const char* op, const Tensor& sources, const Tensor& targets, const Tensor& rows,
                     const char* name) {
-  const std::vector<int64_t> from = read_places(op, "source_rows", sources, rows, name);
-  const std::vector<int64_t> to = read_places(op, "target_rows", targets, rows, name);
-  check_size(op, "target_rows", targets, 0, sources.size(0), "one for each of source_rows");
-  std::vector<int64_t> sorted = to;
-  std::sort(sorted.begin(), sorted.end());
-  const auto twice = std::adjacent_find(sorted.begin(), sorted.end());
-  if (twice != sorted.end()) refuse(op, "target_rows", "distinct", std::to_string(*twice) + " twice");
-  RowCopies copies;
-  for (size_t i = 0; i < from.size(); ++i) copies.emplace_back(from[i], to[i]);
-  return copies;
+  return checked_copies(op, sources, targets, rows, name, [](const Tensor& places) -> RowValues {
+    const Tensor dense = torch::stable::contiguous(places);
+    const auto* values = static_cast<const int64_t*>(dense.const_data_ptr());
+    return std::vector<int64_t>(values, values + dense.size(0));
+  });
 }
 
 std::vector<int64_t> places_of(const RowCopies& copies, int64_t rows) {
@@ -106,13 +81,13 @@ void return_gradients(RowCopies copies, Tensor& grad) {
 
 Tensor token_prepend(Tensor hidden, Tensor source_rows, Tensor target_rows) {
   const char* const op = "token_prepend";
-  check_tensor(op, "hidden", hidden, kRows, kFloats, 2);
+  check_tensor(op, "hidden", hidden, kNormRows, kFloats, 2);
   return take_rows(hidden, places_of(copies_of(op, source_rows, target_rows, hidden, "hidden"), hidden.size(0)));
 }
 
 Tensor token_prepend_backward(Tensor grad, Tensor source_rows, Tensor target_rows) {
   const char* const op = "token_prepend_backward";
-  check_tensor(op, "grad", grad, kRows, kFloats, 2);
+  check_tensor(op, "grad", grad, kNormRows, kFloats, 2);
   const auto copies = copies_of(op, source_rows, target_rows, grad, "grad");
   Tensor out = take_rows(grad, places_of({}, grad.size(0)));
   return_gradients(copies, out);

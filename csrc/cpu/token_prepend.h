@@ -4,15 +4,13 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
-#include <utility>
 #include <vector>
+
+#include "../norm_checks.h"
 
 namespace embedding_kernels::cpu {
 
-// (source, target) of each copy. All sources are read before any target is written.
-using RowCopies = std::vector<std::pair<int64_t, int64_t>>;
-
-// Checked: rows of `rows`, as many sources as targets, no row the target of two.
+// Checked, in the words of norm_checks.h.
 RowCopies copies_of(const char* op, const torch::stable::Tensor& sources, const torch::stable::Tensor& targets,
                     const torch::stable::Tensor& rows, const char* name);
 

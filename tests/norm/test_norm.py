@@ -43,6 +43,14 @@ def test_gradient(backend, device, size, used, dtype, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("dim", "dtype"), ((8200, torch.bfloat16), (8321, torch.float32)))
+def test_rows_wider_than_a_block_holds(backend, device, dim, dtype, kind):
+    case = Case(3, dim, kind, dtype)
+    case.check_forward(backend, device)
+    case.check_gradients(backend, device, *torch.randn(2, 3, dim).to(dtype))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", FLOATS[1:])
 def test_float32_vectors_of_narrow_rows(backend, device, dtype, kind):
     case = Case(40, 70, kind, dtype, wide=True)

@@ -402,11 +402,15 @@ def test_rows_of_nothing_are_refused(backend, device):
         ek.token_prepend(HIDDEN[:0], row, row, backend=backend)
 
 
-def test_triton_leaves_out_what_does_not_exist(backend, device):
-    """The launchers check no values, as a GPU does not."""
-    if backend != "triton":
-        pytest.skip("the launchers are Triton's")
-    kernels = importlib.import_module("embedding_kernels.kernels.norm")
+def test_what_does_not_exist_is_left_out(backend, device, monkeypatch):
+    """Kernels of a GPU look at no values on the host."""
+    if backend == "triton":
+        kernels = importlib.import_module("embedding_kernels.kernels.norm")
+    elif backend == "cuda_host":
+        kernels = torch.ops.embedding_kernels_cuda_host
+        monkeypatch.delenv("EMBEDDING_KERNELS_CHECK")
+    else:
+        pytest.skip("refused on the CPU; on a GPU the emulation and Triton cover it")
     bad = 1 << 40
     sources = torch.tensor([5, -1, 5, bad, 2, 2, 6, 0], device=device)
     targets = torch.tensor([-1, 0, 1, 3, bad, 5, -bad, 6], device=device)
@@ -420,7 +424,7 @@ def test_triton_leaves_out_what_does_not_exist(backend, device):
         "token_prepend_rms_norm_backward": ((*grads, summed), (weight, 1e-6, False)),
     }
     for name, (before, after) in calls.items():
-        run = getattr(kernels, f"{name}_triton")
+        run = getattr(kernels, f"{name}_triton" if backend == "triton" else name)
         assert_same(run(*before, sources, targets, *after), run(*before, *good, *after))
 
 
