@@ -51,6 +51,22 @@ def _codes(rows: int, width: int) -> Tensor:
     return torch.zeros(rows, width, dtype=torch.uint8)
 
 
+def _anchor_scores_calls(kernels: Any) -> Iterator[Any]:
+    """t5-base's width in every dtype, one that is not taken in one pass, and odd ones."""
+    cu_passages = torch.zeros(17, dtype=torch.int32)
+    usual, odd = [(dtype, 4, 12, 768) for dtype in FLOATS], [(dtype, 3, 5, 77) for dtype in FLOATS[:2]]
+    for dtype, m, heads, dim in (*usual, (torch.bfloat16, 4, 32, 2048), *odd):
+        views, queries = torch.empty(1600, m, dim, dtype=dtype), torch.empty(16, m, heads, dim, dtype=dtype)
+        anchors, scores = queries[:, :, 0], torch.empty(1600, m)
+        yield kernels.anchor_attention_triton(views, queries, cu_passages)
+        yield kernels.anchor_attention_backward_triton(queries, views, queries, cu_passages)
+        yield kernels.anchor_scores_triton(views, anchors, cu_passages)
+        yield kernels.anchor_scores_triton(views, anchors, cu_passages, True)
+        yield kernels.anchor_scores_backward_triton(scores[:, 0], views, anchors, cu_passages, False)
+        yield kernels.anchor_scores_backward_triton(scores, views, anchors, cu_passages, True)
+        yield kernels.anchor_topk_triton(views, anchors, cu_passages, 10)
+
+
 def _attention_options(sequences: int, max_seqlen: int, heads: int, **given: Any) -> list[Any]:
     """All that follows q, k and v; those that are not given have their defaults."""
     offsets = torch.zeros(sequences + 1, dtype=torch.int32)
@@ -213,6 +229,7 @@ def _backward(
 
 
 CALLS: dict[str, Callable[[Any], Iterator[Any]]] = {
+    "anchor_scores": _anchor_scores_calls,
     "attention": _attention_calls,
     "hamming": _hamming_calls,
     "latent_attention": _latent_attention_calls,

@@ -18,8 +18,9 @@ import pytest
 REGISTERS = {"pack_padded_kernel": 168, "unpack_padded_kernel": 144}
 #: products hold their tiles in registers
 REGISTERS |= dict.fromkeys(("attention_kernel", "query_gradient_kernel", "key_gradient_kernel"), 255)
-REGISTERS |= {"bias_gradient_kernel": 255, "rotate_kernel": 144}
+REGISTERS |= {"bias_gradient_kernel": 255, "rotate_kernel": 144, "anchor_attention_kernel": 208}
 MOST_REGISTERS = 128
+WIDE = {"LDG.E.128", "LDGSTS.E.BYPASS.128"}
 SCRIPT = Path(__file__).with_name("compile_kernels.py")
 
 
@@ -102,11 +103,22 @@ def test_attention_uses_tensor_cores():
     assert [f"{k['kernel']} {k['variant']}" for k in products if lacking(k)] == []
 
 
+def test_products_of_anchors_use_tensor_cores():
+    products = {"anchor_attention_kernel", "products_kernel", "mix_kernel", "view_gradient_kernel"}
+    narrow = [k for k in _compiled()[1] if k["kernel"] in products and re.search("bf16|fp16", k["variant"])]
+    read = [k for k in narrow if k["opcodes"]]
+    assert {kernel["kernel"] for kernel in read} == products
+    assert [k["variant"] for k in read if not any(code.startswith("HMMA.16816") for code in k["opcodes"])] == []
+    # and read 16 bytes at a time where the rows allow it
+    assert [k["variant"] for k in read if "('DIM', 77)" not in k["variant"] and WIDE.isdisjoint(k["opcodes"])] == []
+
+
 def test_wide_loads():
     """384 dimensions, and 384 bits, are read 16 bytes at a time."""
     readers = ("_pack_bits_kernel", "_distance_kernel", "score_kernel", "pool_kernel", "row_gradient_kernel")
     readers += ("norm_kernel", "norm_gradient_kernel", "grouped_softmax_kernel", "grouped_softmax_gradient_kernel")
     readers += ("gated_pool_kernel", "gated_gradient_kernel", "copy_rows_kernel", "return_gradients_kernel")
+    readers += ("score_views_kernel", "score_gradient_kernel")
     for kernel in readers:
         assert [k for k in _compiled()[1] if k["kernel"] == kernel and "LDG.E.128" in k["opcodes"]], kernel
 

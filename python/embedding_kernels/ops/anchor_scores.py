@@ -23,8 +23,9 @@ def anchor_attention(views: Tensor, queries: Tensor, cu_passages: Tensor, *, bac
         out[q, k, h] = Σ_i p_i views[i, k]
 
     Keys and values are never projected: ``queries`` hold W_kᵀ q of each head, and the head's W_v follows on ``out``.
-    No scale, as in T5. Formed in float32 and rounded once. The decoder's attention of a multi-view reranker
-    ("MVP", arXiv 2509.07485, 2025). Differentiable. Under autocast ``views`` and ``queries`` are cast.
+    No scale, as in T5. Products, softmax and sums are float32; a GPU rounds the weights p to the dtype of ``views``
+    before the second product, as `varlen_attention`. The decoder's attention of a multi-view reranker ("MVP", arXiv
+    2509.07485, 2025). Differentiable. Under autocast ``views`` and ``queries`` are cast.
 
     Args:
         views: float32, bfloat16 or float16 ``[P, m, D]``, m views of each passage, any strides with D dense; float64
@@ -188,7 +189,6 @@ def _products(views: Any) -> int:
 _ANCHOR_ATTENTION_BACKWARD = register(
     "anchor_attention_backward",
     family="anchor_scores",
-    cpu_only=True,
     check=_check_anchor_attention_backward,
     fake=lambda grad, views, queries, cu_passages: _empty_like_inputs(views, queries),
     flops=lambda grad, views, queries, *rest: 10 * queries[2] * _products(views),
@@ -196,7 +196,6 @@ _ANCHOR_ATTENTION_BACKWARD = register(
 _ANCHOR_ATTENTION = register(
     "anchor_attention",
     family="anchor_scores",
-    cpu_only=True,
     check=lambda *args: _check_anchor_attention("anchor_attention", *args),
     fake=lambda views, queries, cu_passages: queries.new_empty(queries.shape),
     flops=lambda views, queries, *rest: 4 * queries[2] * _products(views),
@@ -206,7 +205,6 @@ _ANCHOR_ATTENTION = register(
 _ANCHOR_SCORES_BACKWARD = register(
     "anchor_scores_backward",
     family="anchor_scores",
-    cpu_only=True,
     check=_check_anchor_scores_backward,
     fake=lambda grad, views, anchors, *rest: _empty_like_inputs(views, anchors),
     flops=lambda grad, views, *rest: 3 * _products(views),
@@ -214,7 +212,6 @@ _ANCHOR_SCORES_BACKWARD = register(
 _ANCHOR_SCORES = register(
     "anchor_scores",
     family="anchor_scores",
-    cpu_only=True,
     check=lambda views, anchors, cu_passages, *rest: _check_anchor_scores("anchor_scores", views, anchors, cu_passages),
     fake=_fake_scores,
     flops=lambda views, *rest: 2 * _products(views),
@@ -224,7 +221,6 @@ _ANCHOR_SCORES = register(
 _ANCHOR_TOPK = register(
     "anchor_topk",
     family="anchor_scores",
-    cpu_only=True,
     check=_check_anchor_topk,
     fake=_fake_topk,
     flops=lambda views, *rest: 2 * _products(views),
