@@ -1,27 +1,13 @@
 // merge_attention (family attention) on torch tensors.
 #include <cmath>
 
-#include "../checks.h"
+#include "../attention_checks.h"
 #include "../kernels.h"
 #include "attention.h"
 #include "torch_support.h"
 
 namespace embedding_kernels::cpu {
 namespace {
-
-const char* const kOutput = "a float32, bfloat16 or float16 tensor [T, H, D] (float64 runs with backend=\"reference\")";
-
-void check_lse(const char* op, const char* argument, const Tensor& lse, const Tensor& out) {
-  check_tensor(op, argument, lse, "a float32 tensor [H, T]", {ScalarType::Float}, 2);
-  check_size(op, argument, lse, 0, out.size(1), "the heads of out_a");
-  check_size(op, argument, lse, 1, out.size(0), "the rows of out_a");
-}
-
-void check_like_out(const char* op, const char* argument, const Tensor& tensor, const Tensor& out) {
-  const std::string expected = "a " + dtype_name(out.scalar_type()) + " tensor like out_a";
-  check_tensor(op, argument, tensor, expected.c_str(), {out.scalar_type()}, 3);
-  for (int64_t d = 0; d < 3; ++d) check_size(op, argument, tensor, d, out.size(d), "as out_a");
-}
 
 // One side's rows, made dense, and its lse.
 struct Side {
@@ -59,16 +45,6 @@ struct Shares {
   }
 };
 
-void check_sides(const char* op, const Tensor& out_a, const Tensor& lse_a, const Tensor& out_b, const Tensor& lse_b) {
-  check_tensor(op, "out_a", out_a, kOutput, kFloats, 3);
-  check_like_out(op, "out_b", out_b, out_a);
-  check_lse(op, "lse_a", lse_a, out_a);
-  check_lse(op, "lse_b", lse_b, out_a);
-  check_same_device(op, "out_a", out_a, "lse_a", lse_a);
-  check_same_device(op, "out_a", out_a, "out_b", out_b);
-  check_same_device(op, "out_a", out_a, "lse_b", lse_b);
-}
-
 Tensor empty_like_out(const Tensor& out) {
   return torch::stable::empty({out.size(0), out.size(1), out.size(2)}, out.scalar_type());
 }
@@ -91,7 +67,7 @@ void for_rows(const Tensor& out, const Task& task) {
 }  // namespace
 
 std::tuple<Tensor, Tensor> merge_attention(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) {
-  check_sides("merge_attention", out_a, lse_a, out_b, lse_b);
+  check_partial_results("merge_attention", out_a, lse_a, out_b, lse_b);
   const Side a(out_a, lse_a), b(out_b, lse_b);
   Tensor out = empty_like_out(out_a), lse = empty_lse(out_a);
   auto* to = static_cast<uint8_t*>(out.mutable_data_ptr());
@@ -111,11 +87,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> merge_attention_backward(Tensor grad_
                                                                     Tensor out_a, Tensor lse_a, Tensor out_b,
                                                                     Tensor lse_b) {
   const char* const op = "merge_attention_backward";
-  check_sides(op, out_a, lse_a, out_b, lse_b);
-  check_like_out(op, "grad_out", grad_out, out_a);
-  if (grad_lse) check_lse(op, "grad_lse", *grad_lse, out_a);
-  check_same_device(op, "out_a", out_a, "grad_out", grad_out);
-  if (grad_lse) check_same_device(op, "out_a", out_a, "grad_lse", *grad_lse);
+  check_partial_results(op, out_a, lse_a, out_b, lse_b);
+  check_partial_gradients(op, grad_out, grad_lse, out_a);
   const Side a(out_a, lse_a), b(out_b, lse_b), g(grad_out, grad_lse ? *grad_lse : lse_a);
   Tensor grad_a = empty_like_out(out_a), grad_b = empty_like_out(out_a);
   Tensor grad_lse_a = empty_lse(out_a), grad_lse_b = empty_lse(out_a);
