@@ -2,7 +2,7 @@
 #   make demo    the main job on real text        make test   the tests
 #   make bench   the microbenchmarks and plots    make lint   linters and types
 #   make sanitize   the CPU tests under AddressSanitizer and UndefinedBehaviorSanitizer
-#   make gpu     the tests on a GPU machine        make clean  remove what these made
+#   make gpu     build, tests, benchmarks on a GPU  make clean  remove what these made
 PYTHON ?= python3
 VENV ?= .venv
 # another torch, e.g. TORCH=torch==2.11.0; a build of torch for this machine's GPU is installed before, by hand
@@ -75,10 +75,15 @@ sanitize: $(VENV)/.extra-test+demo+bench
 	  tests/latent_attention tests/norm tests/paragraph_vector tests/pooling tests/attention/test_properties.py \
 	  tests/contract/test_bad_input.py tests/contract/test_layout.py -k "not guard and not past_a_buffer and not two_to_the" $(ARGS)
 
-gpu: $(VENV)/.extra-test+demo+bench
-	$(RUN) -c "import torch, sys; sys.exit(None if torch.cuda.is_available() else 'make gpu: torch sees no GPU')"
-	$(VENV)/bin/embedding-kernels doctor
-	$(RUN) -m pytest $(ARGS)
+# with the torch that is there: one that sees a GPU before another, of .venv or else the system's; nothing is installed
+# unless there is none
+SEES_GPU = import sys, torch; sys.exit(not torch.cuda.is_available())
+MAKE_VENV = $(MAKE) --no-print-directory $(VENV)/.extra-test+demo+bench
+gpu:
+	@for asked in "$(SEES_GPU)" "import torch"; do for python in $(RUN) $(PYTHON); do \
+	  if $$python -c "$$asked" 2>/dev/null; then exec $$python bench/gpu.py $(ARGS); fi; \
+	done; done; \
+	$(MAKE_VENV) && exec $(RUN) bench/gpu.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info python/*.egg-info python/embedding_kernels/*.so

@@ -3,7 +3,6 @@ ones the buckets. Nothing is timed but attention itself."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import embedding_kernels as ek
 
-from .harness import Contender
+from .harness import Contender, Room
 
 PADDED = "torch SDPA, padded"
 LOOP = "torch SDPA, a call a text"
@@ -168,12 +167,11 @@ def _bucketed(texts: Texts, count: int) -> tuple[Callable[[int], Sequence[Tensor
 def _buckets(texts: Texts, verify: Verify) -> Contender:
     """With as many buckets as do best, of a few numbers tried beforehand."""
     best: tuple[float, int] | None = None
+    room = Room(texts.lengths.device, torch.get_num_threads())
     for count in (2, 4, 8, 16, 32):
         call, _ = _bucketed(texts, count)
         call(0)
-        start = time.perf_counter()
-        call(1)
-        seconds = time.perf_counter() - start
+        seconds = Contender(BUCKETS, call).timed(1, 1, room)
         best = min(best or (seconds, count), (seconds, count))
     assert best is not None
     call, packed = _bucketed(texts, best[1])

@@ -9,8 +9,10 @@ import torch
 
 from .harness import Contender, Room, Work
 
-_FMA_SIZE = 256
-_MEMORY_BYTES = 256 << 20
+# of a processor, and of a GPU, which smaller ones would not fill
+_FMA_SIZES = {"cpu": 256, "cuda": 2048}
+_MATMUL_SIZES = {"cpu": 1024, "cuda": 8192}
+_MEMORY_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
 _GEMM_ROWS, _GEMM_COLUMNS = 256, 16384
 
 _made: dict[tuple[str, torch.device], Contender] = {}
@@ -20,16 +22,18 @@ def fma(room: Room) -> Contender:
     """Calibration: a float32 product small enough for the caches, whose speed is that of multiply-add units."""
 
     def make() -> Contender:
-        a, b = (torch.randn(_FMA_SIZE, _FMA_SIZE, device=room.device) for _ in range(2))
+        size = _FMA_SIZES[room.device.type]
+        a, b = (torch.randn(size, size, device=room.device) for _ in range(2))
         out = torch.empty_like(a)
-        work = Work(0, 2 * _FMA_SIZE**3, "float32 operations")
+        work = Work(0, 2 * size**3, "float32 operations")
         return Contender("FMA", lambda turn: torch.mm(a, b, out=out), role="ceiling", work=work)
 
     return _once("fma", room, make)
 
 
-def read(room: Room, size: int = _MEMORY_BYTES) -> Contender:
+def read(room: Room, size: int | None = None) -> Contender:
     """Reading ``size`` bytes: a threaded dot product of two halves of memory far larger than a cache of ours alone."""
+    size = _MEMORY_BYTES[room.device.type] if size is None else size
 
     def make() -> Contender:
         left, right = torch.ones(size // 4, device=room.device).chunk(2)
@@ -43,9 +47,10 @@ def copy(room: Room) -> Contender:
     """Reading and writing: a threaded memory copy; bytes count both ways."""
 
     def make() -> Contender:
-        source = torch.ones(_MEMORY_BYTES // 8, device=room.device)
+        size = _MEMORY_BYTES[room.device.type]
+        source = torch.ones(size // 8, device=room.device)
         target = torch.empty_like(source)
-        work = Work(_MEMORY_BYTES, 0, "")
+        work = Work(size, 0, "")
         return Contender("copy bandwidth", lambda turn: target.copy_(source), role="ceiling", work=work)
 
     return _once("copy", room, make)
@@ -66,7 +71,7 @@ def gemm(room: Room, bits: int) -> Contender:
 
 def matmul(room: Room, dtype: torch.dtype) -> Contender:
     """A product of square matrices that fills the machine: what attention would reach if it were nothing else."""
-    kind, size = str(dtype).removeprefix("torch."), 1024
+    kind, size = str(dtype).removeprefix("torch."), _MATMUL_SIZES[room.device.type]
 
     def make() -> Contender:
         a, b = (torch.randn(size, size, device=room.device).to(dtype) for _ in range(2))

@@ -14,7 +14,7 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,16 +48,10 @@ class Contender:
     work: Work | None = None  # where it differs from the case's: ceilings
     note: str = ""
 
-    def timed(self, calls: int, turn: int, synchronize: Callable[[], None]) -> float:
+    def timed(self, calls: int, turn: int, room: Room) -> float:
         """Seconds a call: the median of ``calls``, so that one that waited for a processor does not count for all."""
-        seconds = []
-        synchronize()
-        for i in range(turn, turn + calls):
-            start = time.perf_counter()
-            self.call(i)
-            synchronize()
-            seconds.append(time.perf_counter() - start)
-        return statistics.median(seconds)
+        turns = range(turn, turn + calls)
+        return statistics.median((_device_seconds if room.device.type == "cuda" else _host_seconds)(self.call, turns))
 
     def check(self) -> None:
         """Run once and verify; raises WrongAnswerError."""
@@ -78,10 +72,28 @@ class Room:
     quick: bool = False
     cold_bytes: int = 512 << 20  # rotating copies of an input add up to at least this
 
-    def synchronize(self) -> None:
-        """The hook for devices that run behind the host's back."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+
+def _host_seconds(call: Callable[[int], Any], turns: Iterable[int]) -> list[float]:
+    seconds = []
+    for turn in turns:
+        start = time.perf_counter()
+        call(turn)
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def _device_seconds(call: Callable[[int], Any], turns: Iterable[int]) -> list[float]:
+    """Between events on the stream, nobody waiting in between: what a call costs where others stand before and after
+    it, its launches hidden behind the work of the one before as far as that is long enough."""
+    torch.cuda.synchronize()
+    events = [torch.cuda.Event(enable_timing=True)]
+    events[0].record()
+    for turn in turns:
+        call(turn)
+        events.append(torch.cuda.Event(enable_timing=True))
+        events[-1].record()
+    torch.cuda.synchronize()
+    return [before.elapsed_time(after) / 1e3 for before, after in itertools.pairwise(events)]
 
 
 @dataclass(frozen=True)
@@ -200,9 +212,9 @@ def admit(contenders: Sequence[Contender]) -> tuple[list[Contender], dict[str, s
 
 
 def _calls_a_sample(contender: Contender, protocol: Protocol, room: Room) -> int:
-    seconds = contender.timed(1, 1, room.synchronize)  # the first call after the check
+    seconds = contender.timed(1, 1, room)  # the first call after the check
     if seconds < protocol.sample_seconds:
-        seconds = min(seconds, contender.timed(2, 2, room.synchronize))
+        seconds = min(seconds, contender.timed(2, 2, room))
     return max(1, min(2000, round(protocol.sample_seconds / max(seconds, 1e-7))))
 
 
@@ -213,8 +225,8 @@ _CALIBRATIONS = 24
 
 def _calibrate(calibration: Contender, room: Room) -> float:
     time.sleep(_SETTLE)
-    calibration.timed(_CALIBRATIONS // 2, 0, room.synchronize)
-    return calibration.timed(_CALIBRATIONS, 0, room.synchronize)
+    calibration.timed(_CALIBRATIONS // 2, 0, room)
+    return calibration.timed(_CALIBRATIONS, 0, room)
 
 
 def _repetition(contenders: Sequence[Contender], calls: Mapping[str, int], turn: int, room: Room) -> dict[str, float]:
@@ -223,8 +235,8 @@ def _repetition(contenders: Sequence[Contender], calls: Mapping[str, int], turn:
         time.sleep(_SETTLE)
         count = calls[contender.name]
         if count > 1:
-            contender.timed(1, turn, room.synchronize)
-        seconds[contender.name] = contender.timed(count, turn + 1, room.synchronize)
+            contender.timed(1, turn, room)
+        seconds[contender.name] = contender.timed(count, turn + 1, room)
     return seconds
 
 

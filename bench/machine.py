@@ -57,7 +57,11 @@ def facts(device: torch.device, threads: int) -> dict[str, Any]:
         "device": str(device),
     }
     if device.type == "cuda":
-        found["gpu"] = torch.cuda.get_device_name(device)
+        properties = torch.cuda.get_device_properties(device)
+        found["gpu"] = properties.name
+        found["gpu_memory"] = properties.total_memory
+        found["gpu_multiprocessors"] = properties.multi_processor_count
+        found["gpu_capability"] = [properties.major, properties.minor]
     return found
 
 
@@ -100,4 +104,4 @@ def slug(machine: dict[str, Any]) -> str:
 
 def command() -> str:
     """How this run was asked for."""
-    return " ".join(["python", "bench/run.py", *sys.argv[1:]])
+    return " ".join(["python", f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]])

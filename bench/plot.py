@@ -31,7 +31,7 @@ def _subtitle(results: Mapping[str, Any]) -> str:
     machine, commit = results["machine"], results["git"]["commit"] or "uncommitted"
     dirty = " + changes" if results["git"]["dirty"] else ""
     return (
-        f"{machine['cpu']}, {machine['threads']} threads, {machine['isa_level']} · "
+        f"{machine.get('gpu') or machine['cpu']}, {machine['threads']} threads, {machine['isa_level']} · "
         f"torch {results['versions']['torch']} · {commit[:10]}{dirty} · {results['date'][:10]}"
     )
 
@@ -177,11 +177,29 @@ def by_layer(results: Mapping[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
+def view_cosines(results: Mapping[str, Any], path: Path) -> None:
+    """Mean cosines of the views of a reranker, a row for each training: of a query's anchors, and of its passages."""
+    rows = [row for row in results["rows"] if "cosines" in row]
+    figure, axes = plt.subplots(len(rows), 2, figsize=(6.4, 2.9 * len(rows)), squeeze=False, layout="constrained")
+    for row, pair in zip(rows, axes, strict=True):
+        for (name, values), axis in zip(row["cosines"].items(), pair, strict=True):
+            axis.imshow(values, vmin=-1, vmax=1, cmap="RdBu_r")
+            for i, line in enumerate(values):
+                for j, value in enumerate(line):
+                    colour = "white" if abs(value) > 0.6 else "black"
+                    axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)
+            axis.set_title(f"{name}, λ = {row['recipe']['orthogonal_weight']:g}", fontsize=9)
+            axis.set_xticks(range(len(values)))
+            axis.set_yticks(range(len(values)))
+    figure.suptitle(f"cosine between views\n{_subtitle(results)}", fontsize=7)
+    _save(figure, path)
+
+
 def draw(results: Mapping[str, Any], name: str, directory: Path = PLOTS) -> list[Path]:
     """Every picture of one result file."""
     if "cases" not in results:
         path = directory / f"{name}.png"
-        by_layer(results, path)
+        (view_cosines if results["family"] == "multi_view_training" else by_layer)(results, path)
         return [path]
     paths = [directory / f"{name}-{kind}.png" for kind in ("ratios", "rates")]
     ratios(results, paths[0])
@@ -193,6 +211,7 @@ def main() -> None:
     files = [Path(argument) for argument in sys.argv[1:]] or [
         *sorted((_HERE / "results").glob("*.json")),
         *sorted((_HERE / "results" / "retrieval").glob("*-token_prepending_retrieval.json")),
+        *sorted((_HERE / "results" / "retrieval").glob("*-multi_view_training.json")),
     ]
     for file in files:
         plots = PLOTS if _HERE / "results" in file.resolve().parents else file.parent

@@ -169,7 +169,8 @@ def _build_pool_bits(texts: int, dim: int, dtype: torch.dtype, names: tuple[str,
     expected = (pooled > 0).cpu().numpy()
 
     def verify(answer: Any) -> None:
-        bits = np.unpackbits(np.asarray(answer), axis=1)[:, : expected.shape[1]].astype(bool)
+        packed = np.asarray(answer.cpu() if isinstance(answer, Tensor) else answer)
+        bits = np.unpackbits(packed, axis=1)[:, : expected.shape[1]].astype(bool)
         wrong = int(((bits != expected) & certain).sum())
         assert wrong == 0, f"{wrong} of {bits.size} bits are wrong"
 

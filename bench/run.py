@@ -16,9 +16,10 @@ from tqdm import tqdm
 if __package__ in (None, ""):  # run as a file: its package is the folder above
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from bench import DEFAULT, FAMILIES, ceilings, machine, plot, results
-from bench.harness import Case, Protocol, Room, Samples, admit, measure, summarise
+from bench import DEFAULT, FAMILIES, ceilings, machine, results
+from bench.harness import Case, Contender, Protocol, Room, Samples, admit, measure, summarise
 from bench.levels import Workers
+from embedding_kernels.ops._registry import OPERATORS
 
 # calls that take long want longer for as many repetitions
 _CASE_SECONDS = {
@@ -58,20 +59,29 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _chosen(family: str, arguments: argparse.Namespace) -> list[Case]:
+def cases_for(family: str, device: torch.device, quick: bool) -> list[Case]:
+    """What of a family is measured on a device: no levels of the processor's instruction set on a GPU, and no
+    operators that it has no kernel for."""
+    on_host = device.type == "cpu"
     return [
         case
         for op, cases in FAMILIES[family].items()
         for case in cases
-        if (not arguments.quick or case.quick)
-        and (not arguments.op or op in arguments.op)
-        and arguments.case in case.title
-        and (not case.levels or arguments.device.type == "cpu")
+        if (not quick or case.quick) and (on_host or not (case.levels or (op in OPERATORS and OPERATORS[op].cpu_only)))
     ]
 
 
-def _run_case(case: Case, room: Room, workers: Workers, protocol: Protocol) -> dict[str, Any]:
-    contenders, refused = admit(workers.contenders(case) if case.levels else case.build(room))
+def _chosen(family: str, arguments: argparse.Namespace) -> list[Case]:
+    return [
+        case
+        for case in cases_for(family, arguments.device, arguments.quick)
+        if (not arguments.op or case.op in arguments.op) and arguments.case in case.title
+    ]
+
+
+def time_case(case: Case, built: list[Contender], room: Room, protocol: Protocol) -> dict[str, Any]:
+    """Check and time a case's contenders; its entry in the results."""
+    contenders, refused = admit(built)
     calibration = ceilings.fma(room)
     samples = Samples({})
     with tqdm(total=protocol.repetitions, desc=f"{case.op}: {case.title}", leave=False, file=sys.stderr) as bar:
@@ -80,34 +90,39 @@ def _run_case(case: Case, room: Room, workers: Workers, protocol: Protocol) -> d
     return summarise(case, contenders, refused, calibration, samples, protocol)
 
 
-def _paced(protocol: Protocol, deadline: float, cases_left: int) -> Protocol:
+def paced(protocol: Protocol, deadline: float, cases_left: int, least: float = 0.5) -> Protocol:
     """Less time for a case when, on a busy machine, there is less left; preparing it takes its share."""
     share = 0.6 * (deadline - time.monotonic()) / cases_left
-    return replace(protocol, seconds=min(protocol.seconds, max(share, 0.5)))
+    return replace(protocol, seconds=min(protocol.seconds, max(share, least)))
+
+
+def header(family: str, room: Room, protocol: Protocol) -> dict[str, Any]:
+    """A family's result without its cases."""
+    return {
+        "schema": 1,
+        "family": family,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "wall_seconds": 0.0,
+        "quick": room.quick,
+        "command": machine.command(),
+        "git": machine.commit(),
+        "machine": machine.facts(room.device, room.threads),
+        "versions": machine.versions(),
+        "protocol": {**asdict(protocol), "cold_bytes": room.cold_bytes},
+        "cases": [],
+    }
 
 
 def run_family(family: str, cases: list[Case], room: Room, protocol: Protocol) -> dict[str, Any]:
     """Measure the cases; the whole result."""
-    where = machine.facts(room.device, room.threads)
-    started, date = time.monotonic(), datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    found = []
-    with Workers(where["isa_levels"], room) as workers:
+    started, whole = time.monotonic(), header(family, room, protocol)
+    deadline = started + _FAMILY_SECONDS.get(family, 170.0)
+    with Workers(whole["machine"]["isa_levels"], room) as workers:
         for done, case in enumerate(tqdm(cases, desc=family, file=sys.stderr)):
-            paced = _paced(protocol, started + _FAMILY_SECONDS.get(family, 170.0), len(cases) - done)
-            found.append(_run_case(case, room, workers, paced))
-    return {
-        "schema": 1,
-        "family": family,
-        "date": date,
-        "wall_seconds": round(time.monotonic() - started, 1),
-        "quick": room.quick,
-        "command": machine.command(),
-        "git": machine.commit(),
-        "machine": where,
-        "versions": machine.versions(),
-        "protocol": {**asdict(protocol), "cold_bytes": room.cold_bytes},
-        "cases": found,
-    }
+            built = workers.contenders(case) if case.levels else case.build(room)
+            whole["cases"].append(time_case(case, built, room, paced(protocol, deadline, len(cases) - done)))
+    whole["wall_seconds"] = round(time.monotonic() - started, 1)
+    return whole
 
 
 def _keep(found: dict[str, Any], output: Path | None, partial_run: bool) -> None:
@@ -115,6 +130,8 @@ def _keep(found: dict[str, Any], output: Path | None, partial_run: bool) -> None
     if partial_run and output is None:
         print("\nnot kept: name a folder with --output to keep a quick or partial run")
         return
+    from bench import plot  # matplotlib, which measuring does without
+
     name = f"{machine.slug(found['machine'])}-{found['family']}"
     path = (output or results.DIRECTORY) / f"{name}.json"
     results.write(found, path)

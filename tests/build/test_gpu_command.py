@@ -1,0 +1,309 @@
+"""`make gpu` without a GPU: refused in one sentence, gone through in a dry run; what is kept, skipped and mended."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+COMMAND = ROOT / "bench" / "gpu.py"
+
+pytestmark = pytest.mark.skipif(not COMMAND.exists(), reason="the benchmarks are not in this tree")
+
+
+@pytest.fixture
+def modules(monkeypatch):
+    """The command's own modules: they stand beside it and belong to no package."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(str(COMMAND.parent))
+    yield {name: importlib.import_module(name) for name in ("gpu", "gpu_run", "gpu_parts", "gpu_report")}
+    for name in set(sys.modules) - before:
+        if (COMMAND.parent / f"{name}.py").exists():
+            del sys.modules[name]
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """The package of the benchmarks, as the worker of a family imports it."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    yield importlib.import_module("bench.gpu_bench")
+    for name in [name for name in sys.modules if name.split(".")[0] == "bench"]:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def run(modules, tmp_path):
+    return modules["gpu_run"].Run(tmp_path, dry_run=True, slow=False, minutes=1.0, cores=2)
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, COMMAND, *arguments], capture_output=True, text=True)
+
+
+def test_is_refused_without_a_gpu():
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    done = command()
+    assert done.returncode == 2
+    assert "sees no GPU; ARGS=--dry-run goes through everything but launches" in done.stderr
+
+
+def test_unknown_parts_are_named(tmp_path):
+    done = command("--dry-run", "--parts", "warmth", "--output", str(tmp_path))
+    assert done.returncode == 2
+    assert "none of machine, build, tests" in done.stderr
+
+
+@pytest.mark.slow
+def test_dry_run_from_end_to_end(tmp_path):
+    """All parts but the build, which would replace the libraries that are under test."""
+    parts = "machine,conformance,sanitizer,warm,bench:anchor_scores"
+    done = command("--dry-run", "--parts", parts, "--output", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    whole = json.loads((tmp_path / "gpu.json").read_text())
+    assert set(whole["parts"]) == set(parts.split(","))
+    assert {part["state"] for part in whole["parts"].values()} == {"done"}
+    (case,) = whole["families"]["anchor_scores"]["cases"]
+    assert case["ratios"]
+    summary = (tmp_path / "summary.md").read_text()
+    assert summary.startswith("# Dry run on the CPU: nothing here ran on a GPU")
+    assert case["title"] in summary
+    again = command("--dry-run", "--parts", parts, "--output", str(tmp_path))
+    assert again.returncode == 0
+    assert again.stdout.count("done before") == len(parts.split(","))
+
+
+def parts_of(modules, works: dict, **options) -> dict:
+    part = modules["gpu_run"].Part
+    return {name: part(name, stage, work, **options) for stage, (name, work) in enumerate(works.items())}
+
+
+def test_what_is_done_is_kept_when_a_later_part_fails(modules, monkeypatch, tmp_path, capsys):
+    gpu, outcome = modules["gpu"], modules["gpu_run"].Outcome
+    ran = []
+
+    def works(run):
+        ran.append("works")
+        return outcome("done", "well", {"answer": 42})
+
+    def breaks(run):
+        ran.append("breaks")
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(gpu, "PARTS", parts_of(modules, {"works": works, "breaks": breaks}))
+    for _ in range(2):
+        assert gpu.main(["--dry-run", "--output", str(tmp_path)]) == 1
+    assert ran == ["works", "breaks", "breaks"]
+    parts = json.loads((tmp_path / "gpu.json").read_text())["parts"]
+    assert parts["works"]["found"] == {"answer": 42}
+    assert parts["breaks"] | {"seconds": 0} == {
+        "state": "failed",
+        "seconds": 0,
+        "what": "RuntimeError: out of luck",
+        "found": {},
+    }
+    assert gpu.main(["--dry-run", "--again", "--parts", "works", "--output", str(tmp_path)]) == 0
+    assert ran[3:] == ["works"]
+    # other sources: nothing of before holds
+    monkeypatch.setattr(gpu, "fingerprint", lambda: "other")
+    assert gpu.main(["--dry-run", "--parts", "works", "--output", str(tmp_path)]) == 0
+    assert ran[4:] == ["works"]
+    assert "all anew" in capsys.readouterr().out
+
+
+def test_nothing_follows_a_failed_build(modules, monkeypatch, tmp_path):
+    gpu, outcome = modules["gpu"], modules["gpu_run"].Outcome
+    ran = []
+    works = {"build": lambda run: outcome("failed", "no"), "tests": lambda run: ran.append(1)}
+    monkeypatch.setattr(gpu, "PARTS", parts_of(modules, works, needed=True))
+    assert gpu.main(["--dry-run", "--output", str(tmp_path)]) == 1
+    assert not ran
+
+
+def test_timed_parts_run_alone(modules):
+    gpu, parts = modules["gpu"], modules["gpu_parts"].PARTS
+    stages = gpu._stages(list(parts.values()))
+    assert [part.name for part in stages[2]] == ["tests", "conformance", "sanitizer", "warm"]
+    assert all(len(stage) == 1 for stage in stages[3:])
+    assert sum(map(len, stages)) == len(parts)
+
+
+def test_every_family_of_the_default_benchmarks_is_measured(modules):
+    listed = command_output("from bench import DEFAULT; print(*DEFAULT)").split()
+    # a family without GPU kernels has nothing to measure
+    assert set(listed) - set(modules["gpu_parts"].FAMILIES) == {"paragraph_vector"}
+    assert set(modules["gpu_parts"].FAMILIES) <= set(listed)
+
+
+def command_output(program: str) -> str:
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+
+
+def test_what_is_missing_is_named_with_its_mending(modules, monkeypatch, run):
+    gpu_run = modules["gpu_run"]
+    monkeypatch.setitem(gpu_run.NEEDS, "ninja", (lambda: False, "pip install ninja"))
+    monkeypatch.setitem(gpu_run.NEEDS, "nvcc", (lambda: False, "the CUDA toolkit"))
+    part = gpu_run.Part("build", 0, lambda run: gpu_run.Outcome("done", ""), ("ninja",), ("nvcc",))
+    assert part.attempt(run).what.startswith("needs ninja: pip install ninja")
+    run.dry_run = False
+    assert part.attempt(run).what.startswith("needs ninja, nvcc: the CUDA toolkit; pip install ninja")
+
+
+def test_a_process_ends_at_its_limit_with_what_it_started(run, tmp_path):
+    program = "import subprocess, sys, time; print('begun', flush=True); subprocess.run(['sleep', '600.125'])"
+    started = time.monotonic()
+    done = run.process("sleeps", [sys.executable, "-c", program], 3)
+    assert time.monotonic() - started < 30
+    assert (done.cut_off, done.ok, done.last_line) == (True, False, "begun")
+    running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True)
+    if running.returncode == 0:
+        assert "sleep 600.125" not in running.stdout.splitlines()
+
+
+def test_junit_files_are_read(modules, tmp_path):
+    path = tmp_path / "tests.xml"
+    path.write_text(
+        "<testsuites><testsuite><testcase name='a'/><testcase name='b'><skipped message='no GPU'/></testcase>"
+        "<testcase name='c'><failure message='1 == 2'>long</failure></testcase></testsuite></testsuites>"
+    )
+    report = modules["gpu_parts"].read_junit(path)
+    assert report["counts"] == {"passed": 1, "failed": 1, "skipped": 1}
+    assert report["failures"] == [{"test": "c", "message": "1 == 2"}]
+
+
+def test_test_files_are_all_but_those_of_no_use_on_a_gpu(modules):
+    files = {str(path) for path in modules["gpu_parts"]._test_files()}
+    assert "tests/norm/test_norm.py" in files
+    assert "tests/build/test_cuda_kernels.py" in files
+    left_out = {"tests/build/test_install.py", "tests/build/test_gpu_command.py"}
+    every = {str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("*/test_*.py")}
+    assert every - files == left_out | {path for path in every if path.startswith("tests/cuda_host/")}
+
+
+def test_a_test_file_is_run_and_counted(modules, run):
+    report = modules["gpu_parts"]._test_file(run, time.monotonic() + 300, Path("tests/nn/test_rotary.py"))
+    assert report["state"] == "passed", report
+    assert report["counts"]["passed"] > 5
+    missing = modules["gpu_parts"]._test_file(run, time.monotonic() + 300, Path("tests/nn/test_missing.py"))
+    assert missing["state"] == "failed"
+    assert "test_missing.py" in missing["tail"]
+
+
+def test_sanitizer_is_asked_for_our_kernels_alone(modules, monkeypatch, run, tmp_path):
+    gpu_parts = modules["gpu_parts"]
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text('#!/bin/sh\necho "$@"\n[ "$2" != racecheck ] || exit 9\n')
+    tool.chmod(0o755)
+    monkeypatch.setattr(gpu_parts, "program", lambda *names: str(tool))
+    run.dry_run = False
+    outcome = gpu_parts._sanitizer(run)
+    assert outcome.state == "failed"
+    assert outcome.what.startswith("racecheck (1 of 3 not clean) ended with code 9")
+    assert outcome.found["memcheck"]["ok"]
+    assert "--kernel-name kns=embedding_kernels" in outcome.found["memcheck"]["tail"]
+    assert outcome.found["memcheck"]["tail"].endswith("run_samples.py cuda")
+
+
+# ---- the worker of a family ----
+
+
+def cases(bench, builds: dict) -> list:
+    work = bench.time_case.__globals__["ceilings"].Work(1, 1, "things")
+    return [bench.Case("made_up", name, {}, ("peer",), build, work) for name, build in builds.items()]
+
+
+def two(bench):
+    role = {"role": "ours"}
+    return [bench.Contender(bench.OURS, lambda turn: turn, **role), bench.Contender("peer", lambda turn: turn)]
+
+
+def test_a_case_that_fails_keeps_the_others(bench, tmp_path):
+    import torch
+
+    def fails(room):
+        raise RuntimeError("no kernel image")
+
+    def lacks(room):
+        raise ModuleNotFoundError("No module named 'x'")
+
+    def is_wrong(room):
+        found = two(bench)
+
+        def verify(answer):
+            raise AssertionError("42 is not 43")
+
+        found[0].verify = verify
+        return found
+
+    builds = {"fails": fails, "lacks": lacks, "wrong": is_wrong, "works": lambda room: two(bench)}
+    room, protocol = bench.Room(torch.device("cpu"), 1, True, 1), bench.Protocol(repetitions=1, fewest=1, seconds=0.1)
+    path = tmp_path / "family.json"
+    record = bench.Record(path, {"family": "made_up"})
+    assert bench.measure_all(cases(bench, builds), room, protocol, 60, record) == 0
+    whole = json.loads(path.read_text())
+    assert [case["title"] for case in whole["cases"]] == ["works"]
+    assert [case["title"] for case in whole["absent"]] == ["lacks"]
+    reasons = {case["title"]: case["reason"] for case in whole["failed"]}
+    assert reasons == {
+        "fails": "RuntimeError: no kernel image",
+        "wrong": "WrongAnswerError: embedding-kernels: 42 is not 43",
+    }
+    # what the file holds is not measured again; what time does not allow is named
+    builds = {"works": fails, "late": lambda room: two(bench)}
+    record = bench.Record(path, {"family": "made_up"})
+    assert bench.measure_all(cases(bench, builds), room, protocol, -1, record) == 0
+    whole = json.loads(path.read_text())
+    assert len(whole["failed"]) == 2
+    assert [case["title"] for case in whole["left"]] == ["late"]
+
+
+def test_a_backend_is_chosen_around_what_is_timed(bench):
+    import torch
+
+    from embedding_kernels.ops.backend import requested
+
+    seen = []
+    ours = bench.Contender(bench.OURS, lambda turn: seen.append(requested(None, "op")), role="ours")
+    contender = bench.WithBackend(bench.TRITON, ours, "triton")
+    room = bench.Room(torch.device("cpu"), 1)
+    contender.check()
+    assert contender.timed(2, 0, room) >= 0
+    assert seen == ["triton"] * 3
+    assert contender.role == "peer"
+    ours.timed(1, 0, room)
+    assert seen[3] is None
+
+
+def test_gpu_times_are_taken_between_events(bench, monkeypatch):
+    import torch
+
+    clock = iter(range(100))
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = next(clock) ** 2
+
+        def elapsed_time(self, later):
+            return float(later.at - self.at)
+
+    waited = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *device: waited.append(1))
+    turns = []
+    contender = bench.Contender("ours", turns.append)
+    room = bench.Room(torch.device("cuda"), 1)
+    # 1, 3 and 5 milliseconds
+    assert contender.timed(3, 7, room) == pytest.approx(3e-3)
+    assert turns == [7, 8, 9]
+    assert len(waited) == 2
