@@ -22,9 +22,9 @@ __device__ inline void load8(const T* from, float (&values)[8]) {
 // out [total, heads, dim]: rows of x, also dense from head to head; a warp a row. A unit is eight pairs or, past the
 // turned dimensions, eight values; one of each where the tables are not wide.
 template <class From, class To>
-__global__ void rotate_kernel(const From* __restrict__ x, int64_t row_stride, int64_t head_stride, int32_t heads,
-                              int32_t dim, AttentionSide side, int32_t sequences, Rotation rotation, float sign,
-                              To* __restrict__ out) {
+__global__ void attention_rotate_kernel(const From* __restrict__ x, int64_t row_stride, int64_t head_stride,
+                                        int32_t heads, int32_t dim, AttentionSide side, int32_t sequences,
+                                        Rotation rotation, float sign, To* __restrict__ out) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int64_t warps = static_cast<int64_t>(gridDim.x) * (kThreads / kWarp);
   const int32_t size = rotation.wide ? 8 : 1;
@@ -72,7 +72,7 @@ Tensor launch_rotation(const char* op, const AttentionCall& call, const Tensor& 
                        float sign, ScalarType dtype) {
   Tensor out = empty_like_device(rows, {rows.size(0), rows.size(1), rows.size(2)}, dtype);
   if (side.total == 0) return out;
-  launch(op, rotate_kernel<From, To>, dim3(blocks_for(side.total, kThreads / kWarp)), dim3(kThreads), 0,
+  launch(op, attention_rotate_kernel<From, To>, dim3(blocks_for(side.total, kThreads / kWarp)), dim3(kThreads), 0,
          current_stream(rows), pointer<From>(rows), rows.stride(0), rows.stride(1), static_cast<int32_t>(rows.size(1)),
          static_cast<int32_t>(rows.size(2)), side, call.rule.sequences, call.rotation, sign, mutable_pointer<To>(out));
   return out;

@@ -1,0 +1,192 @@
+// The gradient of the bias table: sums over the pairs of equal (clamped) distance, in a pass of its own. Each warp adds
+// the diagonals of its steps to a table of its own, each block those of its four warps, and a second launch those of
+// the blocks; all in fixed order. Memory does not grow with the tokens.
+#include "attention_backward.cuh"
+
+namespace embedding_kernels::cuda {
+namespace {
+
+constexpr int kBins = 512;  // of the table that a block sums; larger ones are taken in parts
+constexpr int kThreads = 128;
+constexpr int kBlocksAProcessor = 4;
+
+template <class T, class Shape>
+struct TableShared {
+  GradientShared<T, Shape> gradient;
+  float changes[kAttentionWarps][Shape::kOwn][Shape::kChunk + 1];  // a column more keeps diagonals in different banks
+  int32_t at[kAttentionWarps][Shape::kOwn];
+  float sums[kAttentionWarps][kBins];
+};
+
+// Adds a warp's step to its sums where distances grow by one from column to column and fall from row to row: lane l
+// owns the diagonal l − 15, whose distance is `corner` for l = 15. `first` and `bins` are the part of the table.
+template <class T, class Shape>
+__device__ inline void add_diagonals(TableShared<T, Shape>& shared, int32_t corner, int32_t reach, int32_t first,
+                                     int32_t bins, int warp, int lane) {
+  static_assert(Shape::kOwn == 16 && Shape::kChunk == 16);
+  const int slant = lane - 15;
+  float sum = 0;
+#pragma unroll
+  for (int r = 0; r < 16; ++r) {
+    const int column = r + slant;
+    if (column >= 0 && column < 16) sum += shared.changes[warp][r][column];
+  }
+  const int32_t distance = corner + slant;
+  // the ends of the table take all that is further, and are one where reach is 0
+  const bool low = distance <= -reach, high = !low && distance >= reach;
+  const float lowest = ptx::vote_ballot(low) != 0 ? warp_sum(low ? sum : 0) : 0;
+  const float highest = ptx::vote_ballot(high) != 0 ? warp_sum(high ? sum : 0) : 0;
+  float* const sums = shared.sums[warp];
+  const int32_t place = distance + reach - first;
+  if (!low && !high && place >= 0 && place < bins) sums[place] += sum;
+  if (lane == 0) {
+    const int32_t last = 2 * reach - first;
+    if (first == 0) sums[0] += lowest;
+    if (last < bins) sums[last] += highest;
+  }
+}
+
+// The same for any distances: lane l owns every 32nd entry from l on, and looks at all pairs.
+template <class T, class Shape>
+__device__ inline void add_places(TableShared<T, Shape>& shared, const int32_t* positions, int32_t coordinate,
+                                  int32_t reach, int32_t first, int32_t bins, int warp, int lane) {
+  for (int r = 0; r < Shape::kOwn; ++r) {
+    for (int c = 0; c < Shape::kChunk; ++c) {
+      const int32_t apart = difference(positions == nullptr ? coordinate + c : positions[c], shared.at[warp][r]);
+      const int32_t place = smaller(larger(apart, -reach), reach) + reach - first;
+      if (place >= 0 && place < bins && place % kWarp == lane) shared.sums[warp][place] += shared.changes[warp][r][c];
+    }
+  }
+}
+
+// partial [gridDim.x, heads, gridDim.z kBins]: part blockIdx.z of a head's table, over every gridDim.x-th block of
+// rows.
+template <class T, class Shape>
+__global__ void __launch_bounds__(kAttentionThreads)
+    attention_bias_kernel(GradientArguments<T> a, int32_t blocks, float* __restrict__ partial) {
+  constexpr int kChunk = Shape::kChunk;
+  auto& all = shared_memory<TableShared<T, Shape>>();
+  GradientShared<T, Shape>& shared = all.gradient;
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
+  const int32_t reach = a.rule.reach, first = static_cast<int32_t>(blockIdx.z) * kBins;
+  const int32_t bins = smaller(2 * reach + 1 - first, kBins);
+  // only pairs of this part are visited
+  if (first > 0) a.rule.before = smaller(a.rule.before, reach - first);
+  if (first + bins <= 2 * reach) a.rule.after = smaller(a.rule.after, first + bins - 1 - reach);
+  const float* const table = stage_table(a.rule, blockIdx.y, shared.table);
+  for (int bin = lane; bin < kBins; bin += kWarp) all.sums[warp][bin] = 0;
+
+  for (int32_t block = static_cast<int32_t>(blockIdx.x); block < blocks; block += static_cast<int32_t>(gridDim.x)) {
+    ptx::sync_block();  // the rows and the walk of the block before are not read any more
+    GradientRows<Shape> rows;
+    Cursor now, ahead;
+    begin_rows(a, shared, block, rows, now, ahead);
+    if (lane < Shape::kOwn) {
+      all.at[warp][lane] =
+          lane < rows.own.count ? position_of(a.rule.queries, rows.own.start, rows.own.first + lane) : 0;
+    }
+    ptx::sync_warp();
+    const bool counting = lane >= rows.own.count || all.at[warp][lane] == all.at[warp][0] + lane;
+    const bool own_counts = ptx::vote_ballot(!counting) == 0;
+    for (int stage = 0; now.member < a.members; stage ^= 1) {
+      ptx::wait_copies<0>();
+      ptx::sync_block();  // the tile is here, and nobody reads the other one any more
+      copy_others(a, shared, stage ^ 1, ahead);
+      ptx::commit_copies();
+#pragma unroll 1
+      for (int chunk = 0; chunk < Shape::kOthers / kChunk && now.member < a.members; ++chunk) {
+        const int32_t row = now.row;
+        const bool mine = now.segment == rows.segment && row < rows.own.walk_last && row + kChunk > rows.own.walk_first;
+        advance<kChunk>(shared.walk, now);
+        if (!mine) continue;  // the whole warp
+        float weights[2][4], changes[2][4];
+        pair_gradients(a, shared, stage, chunk, row, rows, table, weights, changes);
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int own = lane / 4 + i / 2 * 8;
+            // rows past the sequence's would pair like others
+            all.changes[warp][own][8 * n + lane % 4 * 2 + i % 2] = own < rows.own.count ? changes[n][i] : 0;
+          }
+        }
+        ptx::sync_warp();
+        const int32_t coordinate = row - rows.own.other_start, valid = rows.own.other_end - row;
+        const int32_t* const positions =
+            a.rule.keys.positions == nullptr ? nullptr : shared.positions[stage] + chunk * kChunk;
+        const bool here =
+            positions == nullptr || lane >= smaller(valid, kChunk) || positions[lane] == positions[0] + lane;
+        if (own_counts && ptx::vote_ballot(!here) == 0) {
+          const int32_t corner = difference(positions == nullptr ? coordinate : positions[0], all.at[warp][0]);
+          add_diagonals(all, corner, reach, first, bins, warp, lane);
+        } else {
+          add_places(all, positions, coordinate, reach, first, bins, warp, lane);
+        }
+        ptx::sync_warp();
+      }
+    }
+  }
+  ptx::sync_block();
+  const int64_t part = (static_cast<int64_t>(blockIdx.x) * gridDim.y + blockIdx.y) * gridDim.z + blockIdx.z;
+  for (int bin = thread; bin < kBins; bin += kAttentionThreads) {
+    float sum = 0;
+    for (int w = 0; w < kAttentionWarps; ++w) sum += all.sums[w][bin];
+    partial[part * kBins + bin] = sum;
+  }
+}
+
+// table [heads, entries]: the sum of `splits` partial tables, `padded` apart.
+__global__ void attention_sum_tables_kernel(const float* __restrict__ partial, int32_t splits, int64_t heads,
+                                            int64_t padded, int64_t entries, float* __restrict__ table) {
+  const int64_t place = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (place >= heads * entries) return;
+  const int64_t head = place / entries, entry = place % entries;
+  float sum = 0;
+  for (int32_t split = 0; split < splits; ++split) sum += partial[(split * heads + head) * padded + entry];
+  table[place] = sum;
+}
+
+template <class T, int D>
+void launch_bias(const char* op, const GradientArguments<T>& a, dim3 grid, int32_t blocks, Tensor& partial) {
+  using Shape = GradientShape<D, Pass::table>;
+  launch(op, attention_bias_kernel<T, Shape>, grid, dim3(kAttentionThreads), sizeof(TableShared<T, Shape>),
+         current_stream(partial), a, blocks, mutable_pointer<float>(partial));
+}
+
+}  // namespace
+
+Tensor bias_gradient(const char* op, const AttentionCall& call, const Tensor& q, const Tensor& k, const Tensor& v,
+                     const Tensor& grad_out, const Tensor& lse, const Tensor& shares) {
+  const int64_t heads = q.size(1), entries = 2 * int64_t{call.rule.reach} + 1, parts = (entries + kBins - 1) / kBins;
+  const int64_t slots = call.rule.queries.total / 16 + call.rule.sequences;
+  const int64_t blocks = (slots + kAttentionWarps - 1) / kAttentionWarps;
+  const int64_t wanted = (kBlocksAProcessor * int64_t{multiprocessors(q)} + heads * parts - 1) / (heads * parts);
+  const int64_t splits = std::min(blocks, wanted);
+  Tensor partial = empty_like_device(q, {splits, heads, parts * kBins}, ScalarType::Float);
+  Tensor table = empty_like_device(q, {heads, entries}, ScalarType::Float);
+  with_half_type(q.scalar_type(), [&]<class T>(T) {
+    const GradientArguments<T> a = {call.rule,
+                                    false,
+                                    {head_rows<T>(q), head_rows<T>(grad_out)},
+                                    {head_rows<T>(k), head_rows<T>(v)},
+                                    1,
+                                    pointer<float>(lse),
+                                    pointer<float>(shares),
+                                    0,
+                                    nullptr,
+                                    false,
+                                    nullptr};
+    const dim3 grid(static_cast<unsigned>(splits), static_cast<unsigned>(heads), static_cast<unsigned>(parts));
+    if (std::max(q.size(2), v.size(2)) <= 64) {
+      launch_bias<T, 64>(op, a, grid, static_cast<int32_t>(blocks), partial);
+    } else {
+      launch_bias<T, 256>(op, a, grid, static_cast<int32_t>(blocks), partial);
+    }
+  });
+  launch(op, attention_sum_tables_kernel, dim3(static_cast<unsigned>((heads * entries + kThreads - 1) / kThreads)),
+         dim3(kThreads), 0, current_stream(q), pointer<float>(partial), static_cast<int32_t>(splits), heads,
+         parts * kBins, entries, mutable_pointer<float>(table));
+  return table;
+}
+
+}  // namespace embedding_kernels::cuda
