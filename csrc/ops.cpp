@@ -194,6 +194,12 @@ STABLE_TORCH_LIBRARY_IMPL(embedding_kernels, CPU, m) {
 
 EK_LIBRARY_IMPL(EK_LIBRARY_NAME, EK_CUDA_KEY, m) {
   using namespace embedding_kernels;
+  m.impl("varlen_attention", TORCH_BOX(&cuda::varlen_attention));
+  m.impl("varlen_attention_forward", TORCH_BOX(&cuda::varlen_attention));
+  m.impl("varlen_attention_backward", TORCH_BOX(&cuda::varlen_attention_backward));
+  m.impl("merge_attention", TORCH_BOX(&cuda::merge_attention));
+  m.impl("merge_attention_forward", TORCH_BOX(&cuda::merge_attention));
+  m.impl("merge_attention_backward", TORCH_BOX(&cuda::merge_attention_backward));
   m.impl("pack_bits", TORCH_BOX(&cuda::pack_bits));
   m.impl("grouped_softmax", TORCH_BOX(&cuda::grouped_softmax));
   m.impl("grouped_softmax_forward", TORCH_BOX(&cuda::grouped_softmax));
