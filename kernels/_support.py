@@ -1,4 +1,4 @@
-"""What the Triton kernels of every family share: where they can run, row layout, rounding, search."""
+"""What the Triton kernels of every family share: where they can run, row layout, rounding, search, spans."""
 
 # compile-time arguments are in capitals, as everywhere in Triton
 # ruff: noqa: N803
@@ -87,6 +87,25 @@ def first_above(values, count, keys, STEPS):
         high = tl.where(open_ & above, middle, high)
         low = tl.where(open_ & (above == 0), middle + 1, low)
     return low
+
+
+@triton.jit
+def span_of_program(cu_seqlens, program, sequences, total, SPAN: tl.constexpr, STEPS: tl.constexpr):
+    """Sequence (-1 where there is none) and number of the span that falls to a program.
+
+    Programs start // SPAN + s and on belong to sequence s: enough for its spans, and found without a list of them.
+    """
+    low = program * 0
+    high = low + sequences
+    for _ in range(STEPS):
+        middle = (low + high) // 2
+        start = tl.load(cu_seqlens + middle, mask=low < high, other=0)
+        above = tl.minimum(tl.maximum(start, 0), total) // SPAN + middle > program
+        high = tl.where((low < high) & above, middle, high)
+        low = tl.where((low < high) & (above == 0), middle + 1, low)
+    sequence = low - 1
+    start = tl.load(cu_seqlens + sequence, mask=sequence >= 0, other=0)
+    return sequence, program - sequence - tl.minimum(tl.maximum(start, 0), total) // SPAN
 
 
 def search_steps(count: int) -> int:

@@ -12,9 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._support import round_to
+from ._support import round_to, span_of_program
 from .attention_forward import multiply_add
-from .latent_attention import _span_of_program
 from .pooling_forward import sequence_rows
 
 # sizes that would only make more variants of a kernel
@@ -27,7 +26,7 @@ COUNTS = ("total", "query_count", "view_count", "heads", "head_blocks", "column_
 @triton.jit
 def passages_of_program(cu_passages, program, query_count, total, SPAN: tl.constexpr, STEPS: tl.constexpr):
     """Query and span of a program, and its passages [first, last): at most SPAN, of that query."""
-    query, span = _span_of_program(cu_passages, program, query_count, total, SPAN, STEPS)
+    query, span = span_of_program(cu_passages, program, query_count, total, SPAN, STEPS)
     first, last = sequence_rows(cu_passages, tl.maximum(query, 0), total)
     first = first + span.to(tl.int64) * SPAN
     last = tl.where(query < 0, first, tl.minimum(first + SPAN, last))

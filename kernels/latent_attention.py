@@ -22,6 +22,7 @@ from ._support import (
     require_device,
     round_to,
     search_steps,
+    span_of_program,
     widen,
 )
 from .pooling_backward import scale_kernel
@@ -127,25 +128,6 @@ def _load_gated(hidden, bias, rows, row_stride, column, columns, inside):
 
 
 @triton.jit
-def _span_of_program(cu_seqlens, program, sequences, total, SPAN: tl.constexpr, STEPS: tl.constexpr):
-    """Sequence (-1 where there is none) and number of the span that falls to a program.
-
-    Programs start // SPAN + s and on belong to sequence s: enough for its spans, and found without a list of them.
-    """
-    low = program * 0
-    high = low + sequences
-    for _ in range(STEPS):
-        middle = (low + high) // 2
-        start = tl.load(cu_seqlens + middle, mask=low < high, other=0)
-        above = tl.minimum(tl.maximum(start, 0), total) // SPAN + middle > program
-        high = tl.where((low < high) & above, middle, high)
-        low = tl.where((low < high) & (above == 0), middle + 1, low)
-    sequence = low - 1
-    start = tl.load(cu_seqlens + sequence, mask=sequence >= 0, other=0)
-    return sequence, program - sequence - tl.minimum(tl.maximum(start, 0), total) // SPAN
-
-
-@triton.jit
 def _parts_of(start, SPAN: tl.constexpr):
     """Where the partial sums of a sequence of several spans begin: those of two sequences never overlap."""
     return 2 * (start // SPAN)
@@ -179,7 +161,7 @@ def gated_pool_kernel(
     """A block of columns of one span: the mean itself of a sequence of one span, else a partial sum."""
     program = tl.program_id(0)
     column = (program % column_blocks) * COLUMNS + tl.arange(0, COLUMNS)
-    sequence, span = _span_of_program(cu_seqlens, program // column_blocks, sequences, total, SPAN, STEPS)
+    sequence, span = span_of_program(cu_seqlens, program // column_blocks, sequences, total, SPAN, STEPS)
     if sequence >= 0:
         first, last = sequence_rows(cu_seqlens, sequence, total)
         start = first + span.to(tl.int64) * SPAN

@@ -41,7 +41,7 @@ pytestmark = pytest.mark.skipif(_why_not() is not None, reason=str(_why_not()))
 def _compiled() -> tuple[dict[str, Any], list[dict[str, Any]]]:
     # the interpreter, which the other tests run under, replaces triton.jit
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, env=environment, timeout=600)
+    run = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, env=environment, timeout=1200)
     assert run.returncode == 0, run.stderr[-4000:]
     summary, *kernels = map(json.loads, run.stdout.splitlines())
     return summary, kernels
