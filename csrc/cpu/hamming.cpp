@@ -1,7 +1,7 @@
 // Checks and dispatch of the Hamming family on torch tensors.
 #include "hamming.h"
 
-#include "../checks.h"
+#include "../hamming_checks.h"
 #include "../kernels.h"
 #include "hamming_driver.h"
 #include "torch_support.h"
@@ -9,24 +9,8 @@
 namespace embedding_kernels::cpu {
 namespace {
 
-const char* const kFloatRows = "a float32, bfloat16 or float16 tensor [N, D] (float64 runs with backend=\"reference\")";
-
-void check_codes(const char* op, const Tensor& queries, const Tensor& codes) {
-  check_tensor(op, "queries", queries, "a uint8 tensor [Q, B]", {ScalarType::Byte}, 2);
-  check_tensor(op, "codes", codes, "a uint8 tensor [N, B]", {ScalarType::Byte}, 2);
-  check_size(op, "codes", codes, 1, queries.size(1), "the width of queries");
-  check_same_device(op, "queries", queries, "codes", codes);
-}
-
 Codes rows_of(const Tensor& codes) {
   return {static_cast<const uint8_t*>(codes.const_data_ptr()), codes.size(0), codes.stride(0), codes.size(1)};
-}
-
-void check_allowed(const char* op, const Tensor& queries, const Tensor& codes, const std::optional<Tensor>& allowed) {
-  if (!allowed) return;
-  check_tensor(op, "allowed", *allowed, "a uint8 tensor [ceil(N / 8)]", {ScalarType::Byte}, 1);
-  check_size(op, "allowed", *allowed, 0, (codes.size(0) + 7) / 8, "one bit a code");
-  check_same_device(op, "queries", queries, "allowed", *allowed);
 }
 
 std::optional<Tensor> contiguous(const std::optional<Tensor>& tensor) {
@@ -39,7 +23,7 @@ const uint8_t* bytes_of(const std::optional<Tensor>& tensor) {
 }  // namespace
 
 Tensor pack_bits(Tensor x) {
-  check_tensor("pack_bits", "x", x, kFloatRows, kFloats, 2);
+  check_pack_bits(x);
   x = dense_rows(x);
   const int64_t rows = x.size(0), dim = x.size(1), bytes = (dim + 7) / 8;
   Tensor out = torch::stable::empty({rows, bytes}, ScalarType::Byte);
@@ -67,10 +51,7 @@ Tensor hamming_distance(Tensor queries, Tensor codes) {
 
 std::tuple<Tensor, Tensor, Tensor> hamming_range(Tensor queries, Tensor codes, int64_t radius,
                                                  std::optional<Tensor> allowed) {
-  const char* const op = "hamming_range";
-  check_codes(op, queries, codes);
-  check_at_least(op, "radius", radius, 0);
-  check_allowed(op, queries, codes, allowed);
+  check_hamming_range(queries, codes, radius, allowed);
   queries = dense_rows(queries);
   codes = dense_rows(codes);
   const std::optional<Tensor> mask = contiguous(allowed);
@@ -87,15 +68,7 @@ std::tuple<Tensor, Tensor, Tensor> hamming_range(Tensor queries, Tensor codes, i
 
 std::tuple<Tensor, Tensor> hamming_topk(Tensor queries, Tensor codes, int64_t k, std::optional<Tensor> allowed,
                                         std::optional<Tensor> code_norms) {
-  const char* const op = "hamming_topk";
-  check_codes(op, queries, codes);
-  check_at_least(op, "k", k, 1);
-  check_allowed(op, queries, codes, allowed);
-  if (code_norms) {
-    check_tensor(op, "code_norms", *code_norms, "an int32 tensor [N]", {ScalarType::Int}, 1);
-    check_size(op, "code_norms", *code_norms, 0, codes.size(0), "one for each code");
-    check_same_device(op, "queries", queries, "code_norms", *code_norms);
-  }
+  check_hamming_topk(queries, codes, k, allowed, code_norms);
   queries = dense_rows(queries);
   codes = dense_rows(codes);
   const std::optional<Tensor> mask = contiguous(allowed);

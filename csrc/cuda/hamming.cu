@@ -1,4 +1,5 @@
-// The Hamming family on CUDA.
+// Packing of codes on CUDA.
+#include "../hamming_checks.h"
 #include "../kernels.h"
 #include "launch.cuh"
 #include "ptx.cuh"
@@ -41,8 +42,7 @@ void launch_pack_bits(const Tensor& x, uint32_t infinity, Tensor& out) {
 }  // namespace
 
 Tensor pack_bits(Tensor x) {
-  check_tensor("pack_bits", "x", x,
-               "a float32, bfloat16 or float16 tensor [N, D] (float64 runs with backend=\"reference\")", kFloats, 2);
+  check_pack_bits(x);
   const DeviceGuard guard(x.get_device_index());
   x = dense_rows(x);
   Tensor out = empty_like_device(x, {x.size(0), (x.size(1) + 7) / 8}, ScalarType::Byte);

@@ -12,6 +12,7 @@
 #define EK_PTX_PURE(text, outputs, inputs) asm(text : EK_LIST outputs : EK_LIST inputs)
 #define EK_OUT_U16(x) "=h"(x)
 #define EK_OUT_U32(x) "=r"(x)
+#define EK_OUT_U64(x) "=l"(x)
 #define EK_OUT_F32(x) "=f"(x)
 #define EK_CHANGE_U32(x) "+r"(x)
 #define EK_CHANGE_F32(x) "+f"(x)
@@ -236,6 +237,11 @@ __device__ inline void store_shared_words4(uint32_t to, const Words4& w) {
 __device__ inline uint32_t add_global(uint32_t* to, uint32_t value) {
   uint32_t before;
   EK_PTX("atom.global.add.u32 %0, [%1], %2;", (EK_OUT_U32(before)), (EK_IN_POINTER(to), EK_IN_U32(value)));
+  return before;
+}
+__device__ inline uint64_t add_global(uint64_t* to, uint64_t value) {
+  uint64_t before;
+  EK_PTX("atom.global.add.u64 %0, [%1], %2;", (EK_OUT_U64(before)), (EK_IN_POINTER(to), EK_IN_U64(value)));
   return before;
 }
 __device__ inline uint32_t add_shared(uint32_t to, uint32_t value) {
