@@ -204,6 +204,7 @@ EK_LIBRARY_IMPL(EK_LIBRARY_NAME, EK_CUDA_KEY, m) {
   m.impl("hamming_distance", TORCH_BOX(&cuda::hamming_distance));
   m.impl("hamming_topk", TORCH_BOX(&cuda::hamming_topk));
   m.impl("hamming_range", TORCH_BOX(&cuda::hamming_range));
+  m.impl("rescore_topk", TORCH_BOX(&cuda::rescore_topk));
   m.impl("grouped_softmax", TORCH_BOX(&cuda::grouped_softmax));
   m.impl("grouped_softmax_forward", TORCH_BOX(&cuda::grouped_softmax));
   m.impl("grouped_softmax_backward", TORCH_BOX(&cuda::grouped_softmax_backward));
