@@ -128,12 +128,11 @@ struct QueryRows {
 
   // Whether one of 16 rows, whose limits are given for this lane's two, is near one of the codes; the same in all
   // lanes.
-  template <int kEights>
-  static __device__ bool is_near(const uint32_t (&common)[kEights][4], const int32_t (&ones)[kEights][2], int32_t upper,
-                                 int32_t lower) {
+  static __device__ bool is_near(const uint32_t (&common)[kColumns][4], const int32_t (&ones)[kColumns][2],
+                                 int32_t upper, int32_t lower) {
     bool near = false;
 #pragma unroll
-    for (int n = 0; n < kEights; ++n) {
+    for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         near |= static_cast<int32_t>(2 * common[n][i]) - ones[n][i] >= upper;
@@ -172,19 +171,27 @@ struct QueryRows {
   }
 };
 
-// Codes of one chunk: the queries stay in registers, and the products of sixteen codes at a time beside them.
+// Codes of one chunk: the queries stay in registers, and the products of sixteen codes at a time beside them. Products
+// begin not with zero but with what makes a code near where they reach half its ones: one comparison a distance. Halves
+// are rounded so that a code up to two too far may be taken for near; visits look again.
+template <int kRowTiles>
 struct ProductOfBits : QueryRows {
   static constexpr bool kOneChunk = true, kShared = true;
   static constexpr int kEights = kColumns / 2;
 
-  uint32_t queries[kFragments][kSteps][4];
+  uint32_t queries[kRowTiles][kSteps][4];
+  uint32_t starts[kRowTiles][2];  // of this lane's two rows
 
   __device__ ProductOfBits(const Scan& s, const Warp& w) : QueryRows(s, w) {
 #pragma unroll
-    for (int m = 0; m < kFragments; ++m) {
+    for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
-        if (m < s.row_tiles && step * 32 < s.row_bytes) load_queries(s, w, 0, m, step, queries[m][step]);
+        if (step * 32 < s.row_bytes) load_queries(s, w, 0, m, step, queries[m][step]);
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        starts[m][i] = 0u - static_cast<uint32_t>(numbers(s, w)[16 * m + 8 * i + w.lane / 4] >> 1);
       }
     }
   }
@@ -196,37 +203,54 @@ struct ProductOfBits : QueryRows {
     uint32_t near_fragments = 0;
 #pragma unroll
     for (int half = 0; half < 2; ++half) near_fragments |= find_near(s, w, stage, half);
+    if (ptx::vote_ballot(near_fragments != 0) == 0) return false;
     bool any = false;
-    // seldom, so that the products are formed again rather than kept
-    for (; near_fragments != 0; near_fragments &= near_fragments - 1) {
-      any |= visit_fragment(s, w, tile, stage, ptx::highest_bit(near_fragments & (0u - near_fragments)));
+#pragma unroll 1
+    for (int m = 0; m < kRowTiles; ++m) {
+      if (ptx::vote_ballot((near_fragments >> m & 1) != 0) != 0) any |= visit_fragment(s, w, tile, stage, m);
     }
     return any;
   }
 
-  // Bit m: one of sixteen codes is near one of rows 16 m to 16 m + 15.
-  __device__ uint32_t find_near(const Scan& s, const Warp& w, uint32_t stage, int half) {
-    uint32_t common[kFragments][kEights][4] = {};
+  // Bit m: one of this lane's products of sixteen codes and rows 16 m to 16 m + 15 is near.
+  __device__ uint32_t find_near(const Scan& s, const Warp& w, uint32_t stage, int half) const {
+    uint32_t common[kRowTiles][kEights][4];
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+#pragma unroll
+      for (int n = 0; n < kEights; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) common[m][n][i] = starts[m][i / 2];
+      }
+    }
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      if (step * 32 >= s.row_bytes) break;
+      if (step > 0 && step * 32 >= s.row_bytes) break;
       uint32_t codes[4];
       load_codes(s, w, stage, half, step, codes);
 #pragma unroll
-      for (int m = 0; m < kFragments; ++m) {
-        if (m >= s.row_tiles) break;
+      for (int m = 0; m < kRowTiles; ++m) {
         ptx::multiply_bits(common[m][0], queries[m][step], codes[0], codes[1]);
         ptx::multiply_bits(common[m][1], queries[m][step], codes[2], codes[3]);
       }
     }
-    int32_t code_ones[kEights][2];
-    ones_of_codes(w, common[0], code_ones);
-    const int32_t* const limits = numbers(s, w) + w.lane / 4;
+    int32_t half_ones[kEights][2];
+    ones_of_codes(w, common[0], half_ones);
     uint32_t near = 0;
 #pragma unroll
-    for (int m = 0; m < kFragments; ++m) {
-      if (m >= s.row_tiles) break;
-      near |= static_cast<uint32_t>(is_near(common[m], code_ones, limits[16 * m], limits[16 * m + 8])) << m;
+    for (int n = 0; n < kEights; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) half_ones[n][i] = (half_ones[n][i] + (kNever >> 1) + 1) >> 1;
+    }
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) {
+      bool is_near = false;
+#pragma unroll
+      for (int n = 0; n < kEights; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) is_near |= static_cast<int32_t>(common[m][n][i]) >= half_ones[n][i % 2];
+      }
+      near |= static_cast<uint32_t>(is_near) << m;
     }
     return near;
   }
@@ -246,6 +270,7 @@ struct ProductOfBits : QueryRows {
     }
   }
 
+  // Seldom, so that the products are formed again rather than kept.
   __device__ bool visit_fragment(const Scan& s, const Warp& w, uint32_t tile, uint32_t stage, int m) const {
     uint32_t with_ones[kColumns][4] = {}, common[kColumns][4] = {};
     multiply_fragment(s, w, stage, 0, with_ones);

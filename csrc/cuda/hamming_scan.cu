@@ -6,8 +6,8 @@
 //
 // More are a product of bits, |a| + |b| - 2 |a and b|: a warp holds 63 queries and a row of ones, whose products are
 // the ones of the codes, in registers, and up to three such warps share a tile, so that 189 queries cost one reading. A
-// step of 64 rows by 32 codes by 1,024 bits is 64 instructions on the tensor cores, and two a distance to see whether
-// it is near; what is not near leaves no trace.
+// step of 64 rows by 32 codes by 1,024 bits is 64 instructions on the tensor cores and a comparison a distance; what is
+// not near leaves no trace.
 #include "hamming_products.cuh"
 
 namespace embedding_kernels::cuda {
@@ -90,7 +90,8 @@ Scan plan_scan(const Tensor& codes, int64_t query_count) {
   s.sharers = static_cast<int32_t>(std::clamp<int64_t>(warps, 1, sharers_limit));
   s.groups = static_cast<int32_t>(std::max<int64_t>(ceil_div(warps, s.sharers), 1));
   s.queries_a_warp = static_cast<int32_t>(std::max<int64_t>(ceil_div(query_count, int64_t{s.groups} * s.sharers), 1));
-  s.row_tiles = s.few ? 0 : static_cast<int32_t>(ceil_div(s.queries_a_warp + 1, 16));
+  const int32_t row_tiles = static_cast<int32_t>(ceil_div(s.queries_a_warp + 1, 16));
+  s.row_tiles = s.few ? 0 : s.chunks > 1 ? row_tiles : row_tiles <= 2 ? 2 : 4;
 
   const int32_t block_warps = kParts * s.sharers;
   s.at_queries = kParts * kScanStages * kTileCodes * s.row_bytes;
@@ -113,9 +114,10 @@ void visit_every(Scan& s, int64_t stride, const Tensor& codes) {
 void run_scan(const char* op, const Scan& s, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(s.spans / kParts * s.groups));
   const dim3 block(static_cast<unsigned>(kParts * s.sharers * kWarp));
-  const auto kernel = s.few           ? scan_kernel<FewQueries>
-                      : s.chunks == 1 ? scan_kernel<ProductOfBits>
-                                      : scan_kernel<ProductOfChunks>;
+  const auto kernel = s.few              ? scan_kernel<FewQueries>
+                      : s.chunks > 1     ? scan_kernel<ProductOfChunks>
+                      : s.row_tiles == 2 ? scan_kernel<ProductOfBits<2>>
+                                         : scan_kernel<ProductOfBits<4>>;
   launch(op, kernel, grid, block, s.shared_bytes, stream, s);
 }
 

@@ -84,14 +84,13 @@ struct Tiles {
   }
 };
 
+// What cannot be copied sixteen bytes at a time. Of no bytes, `from` may be anywhere.
 __device__ inline void stage_piece(const Scan& s, const uint8_t* from, int bytes, uint32_t to) {
-  if (s.access == 16) {
-    ptx::copy16_async(to, from, bytes);
-  } else if (s.access == 4) {
+  if (s.access == 4) {
 #pragma unroll
     for (int i = 0; i < 16; i += 4) {
       const int part = bytes <= i ? 0 : bytes - i < 4 ? bytes - i : 4;
-      ptx::copy4_async(to + i, part == 0 ? from : from + i, part);
+      ptx::copy4_async(to + i, from + i, part);
     }
   } else {
     ptx::Words4 words = {};
@@ -106,15 +105,20 @@ __device__ inline void stage_piece(const Scan& s, const uint8_t* from, int bytes
 // A chunk of the codes of a tile into shared memory, by all who share the tile; zeros past a code and past the codes.
 __device__ inline void stage_tile(const Scan& s, const Warp& w, uint32_t tile, int chunk, uint32_t to) {
   const int pieces = s.row_bytes / 16, shift = ptx::highest_bit(pieces);
+  const int64_t first = int64_t{tile} * kTileCodes, byte = static_cast<int64_t>(chunk) * s.row_bytes;
+  const int width = static_cast<int>(s.width - byte < s.row_bytes ? s.width - byte : s.row_bytes);
+  const uint8_t* const tile_start = s.codes + first * s.stride + byte;
+  const int rows = static_cast<int>(s.count - first < kTileCodes ? s.count - first : kTileCodes);
   for (int item = w.sharer * kWarp + w.lane; item < kTileCodes * pieces; item += s.sharers * kWarp) {
-    const int row = item >> shift, piece = item & (pieces - 1);
-    const int64_t index = int64_t{tile} * kTileCodes + row,
-                  byte = static_cast<int64_t>(chunk) * s.row_bytes + piece * 16;
-    const int64_t left = index < s.count ? s.width - byte : 0;
-    const int bytes = static_cast<int>(left < 0 ? 0 : left < 16 ? left : 16);
-    // an address that nothing is read from need only be aligned
-    const uint8_t* from = bytes > 0 ? s.codes + index * s.stride + byte : s.codes;
-    stage_piece(s, from, bytes, to + piece_place(row, piece, s.row_bytes));
+    const int row = item >> shift, piece = item & (pieces - 1), left = row < rows ? width - piece * 16 : 0;
+    const int bytes = left < 0 ? 0 : left < 16 ? left : 16;
+    const uint32_t place = to + piece_place(row, piece, s.row_bytes);
+    const uint8_t* const from = tile_start + row * s.stride + piece * 16;
+    if (s.access == 16) {
+      ptx::copy16_async(place, from, bytes);
+    } else {
+      stage_piece(s, from, bytes, place);
+    }
   }
 }
 
