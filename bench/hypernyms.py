@@ -1,10 +1,10 @@
 """A task for rerankers: of WordNet's 95,882 noun and verb synsets find those right above and below one, as BM25's first
 hundred have them.
 
-A synset's text is its words and its gloss, with the examples. Relevant to it are its hypernyms and hyponyms, classes and
-instances. Held-out queries are drawn; no synset that is one, or is relevant to one, takes any part in training: it is
-neither a query nor a passage there, and no tokenizer or embedding reads it. Their other candidates do take part, as
-synsets whose own neighbours may be learned.
+A synset's text is its words and its gloss, with the examples. Relevant to it are its hypernyms and hyponyms, classes
+and instances. Held-out queries are drawn; no synset that is one, or is relevant to one, takes any part in training: it
+is neither a query nor a passage there, and no tokenizer or embedding reads it. Their other candidates do take part, and
+BM25 knows the frequencies of all words.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from .wordnet import Synset, read_synsets
 
 DEPTH = 100  # candidates that BM25 hands over
 _RANKS = 10  # of NDCG
+_MANY = 5000  # queries that take long
 _STOPWORDS = frozenset(bm25s.tokenization.STOPWORDS_EN)
 
 
@@ -33,10 +34,14 @@ class Task(NamedTuple):
     allowed: np.ndarray
     bm25: bm25s.BM25
 
+    def training_queries(self) -> np.ndarray:
+        """Places that may take part in training and have a relevant place that may."""
+        return np.array([place for place in np.flatnonzero(self.allowed) if self.allowed[self.relevant[place]].any()])
+
     def candidates(self, queries: np.ndarray) -> np.ndarray:
         """BM25's best for each query but itself, int64 ``[Q, 100]``, best first."""
         tokens = [_tokens(self.texts[query]) for query in queries]
-        found, _ = self.bm25.retrieve(tokens, k=DEPTH + 1, show_progress=False)
+        found, _ = self.bm25.retrieve(tokens, k=DEPTH + 1, show_progress=len(queries) > _MANY)
         return np.stack([row[row != query][:DEPTH] for query, row in zip(queries, found, strict=True)])
 
 
