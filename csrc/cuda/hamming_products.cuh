@@ -180,7 +180,6 @@ struct ProductOfBits : QueryRows {
   static constexpr int kEights = kColumns / 2;
 
   uint32_t queries[kRowTiles][kSteps][4];
-  uint32_t starts[kRowTiles][2];  // of this lane's two rows
 
   __device__ ProductOfBits(const Scan& s, const Warp& w) : QueryRows(s, w) {
 #pragma unroll
@@ -188,10 +187,6 @@ struct ProductOfBits : QueryRows {
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
         if (step * 32 < s.row_bytes) load_queries(s, w, 0, m, step, queries[m][step]);
-      }
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        starts[m][i] = 0u - static_cast<uint32_t>(numbers(s, w)[16 * m + 8 * i + w.lane / 4] >> 1);
       }
     }
   }
@@ -201,7 +196,7 @@ struct ProductOfBits : QueryRows {
 
   __device__ bool finish(const Scan& s, const Warp& w, uint32_t tile, uint32_t stage) {
     uint32_t near_fragments = 0;
-#pragma unroll
+#pragma unroll 1  // products of both halves at once would not fit into registers
     for (int half = 0; half < 2; ++half) near_fragments |= find_near(s, w, stage, half);
     if (ptx::vote_ballot(near_fragments != 0) == 0) return false;
     bool any = false;
@@ -214,13 +209,15 @@ struct ProductOfBits : QueryRows {
 
   // Bit m: one of this lane's products of sixteen codes and rows 16 m to 16 m + 15 is near.
   __device__ uint32_t find_near(const Scan& s, const Warp& w, uint32_t stage, int half) const {
+    const int32_t* const limits = numbers(s, w) + w.lane / 4;
     uint32_t common[kRowTiles][kEights][4];
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
-      for (int n = 0; n < kEights; ++n) {
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t start = 0u - static_cast<uint32_t>(limits[16 * m + 8 * i] >> 1);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) common[m][n][i] = starts[m][i / 2];
+        for (int n = 0; n < kEights; ++n) common[m][n][2 * i] = common[m][n][2 * i + 1] = start;
       }
     }
 #pragma unroll
