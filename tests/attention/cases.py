@@ -12,6 +12,8 @@ TILES = (1, 2, 15, 0, 17, 33, 63, 65, 129)
 LONG = (200, 300)
 #: many short texts and one long one
 RAGGED = (3, 1, 70, 2, 2, 5, 0, 1, 4, 9, 1, 6)
+#: more than a warp looks up at once
+MANY = (1, 3, 0, 2) * 10
 #: dimensions of the heads of q and k, and of v
 DIMS = ((16, 16), (24, 24), (40, 64), (64, 64), (72, 40), (128, 128), (256, 256), (64, 16))
 #: heads of q, and of k and v
@@ -34,6 +36,7 @@ OPTIONS = {
     "bias_table": {"lengths": (70, 3, 1), "reach": 9},
     "bias_table_of_one": {"reach": 0},
     "bias_table_past_the_text": {"reach": 91},
+    "bias_table_of_many_entries": {"lengths": (5, 3), "lengths_k": (250, 3), "heads": 1, "reach": 300},
     "rope": {"rotated": 32},
     "rope_partial": {"rotated": 10},
     "positions_shifted": {"lengths_k": OTHER_K, "positions": "shifted", "rotated": 32, "options": {"causal": True}},
@@ -57,7 +60,7 @@ def option_case(name: str, dtype: torch.dtype) -> Case:
 
 
 @st.composite
-def cases(draw: st.DrawFn, longest: int, most: int) -> Case:
+def cases(draw: st.DrawFn, longest: int, most: int, dtypes: tuple[torch.dtype, ...] = FLOATS) -> Case:
     """Any combination of options over at most ``most`` sequences of at most ``longest`` tokens."""
     lengths = draw(st.lists(st.integers(0, longest), min_size=1, max_size=most), "lengths")
     other = draw(st.booleans(), "other keys")
@@ -80,7 +83,7 @@ def cases(draw: st.DrawFn, longest: int, most: int) -> Case:
         kv_heads=kv_heads,
         dim=dim,
         dim_v=8 * draw(st.integers(2, 12), "dim_v"),
-        dtype=draw(st.sampled_from(FLOATS), "dtype"),
+        dtype=draw(st.sampled_from(dtypes), "dtype"),
         reach=draw(st.one_of(st.none(), st.integers(0, longest)), "reach"),
         rotated=2 * draw(st.integers(0, dim // 2), "rotated"),
         positions=draw(st.sampled_from(("", "", "shifted", "drawn")), "positions"),

@@ -8,13 +8,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 import embedding_kernels as ek
-from attention.cases import DIMS, HEADS, LONG, OPTIONS, RAGGED, TILES, cases, option_case
+from attention.cases import DIMS, HEADS, LONG, MANY, OPTIONS, RAGGED, TILES, cases, option_case
 from attention.definition import (
     DIFFERENTIABLE,
     FLOATS,
     Case,
     assert_backward,
+    emulated,
     interpreted,
+    main_dtype,
     offsets,
     skip_if_slow,
     some_floats,
@@ -27,20 +29,37 @@ def test_lengths(backend, device, dtype):
     assert_backward(Case(TILES, heads=1, dtype=dtype, reach=20), backend, device)
 
 
+LONG_OPTIONS = ({"causal": True}, {"window_left": 40, "window_right": 70})
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("length", LONG)
 def test_long(backend, device, length, dtype):
-    if interpreted(backend):
-        pytest.skip("too long for the interpreter")
-    for options in ({"causal": True}, {"window_left": 40, "window_right": 70}):
+    skip_if_slow(backend, dtype, FLOATS)
+    if interpreted(backend) or (emulated(backend) and length > LONG[0]):
+        pytest.skip("too long for the interpreter and the emulation")
+    for options in LONG_OPTIONS[emulated(backend) :]:
         case = Case((length, 3), heads=1, dim=64, dtype=dtype, reach=91, rotated=64, options=options)
         assert_backward(case, backend, device)
+
+
+def test_many_sequences(backend, device):
+    for dtype in some_floats(backend):
+        assert_backward(Case(MANY, heads=1, dtype=dtype, reach=2), backend, device)
+
+
+@pytest.mark.parametrize("dims", ((136, 72), (104, 128)), ids=str)
+def test_wide_heads_with_every_option(backend, device, dims):
+    spec = OPTIONS["everything"] | {"dim": dims[0], "dim_v": dims[1]}
+    assert_backward(Case(dtype=torch.bfloat16, **spec), backend, device)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("dims", DIMS, ids=str)
 def test_head_dims(backend, device, dims, dtype):
-    skip_if_slow(backend, dtype, FLOATS[1:2])
+    # here float16 has a way of its own through the emulation
+    if dtype != torch.float16 or not emulated(backend):
+        skip_if_slow(backend, dtype, FLOATS[1:2])
     assert_backward(Case((5, 33, 1), heads=1, dim=dims[0], dim_v=dims[1], dtype=dtype), backend, device)
 
 
@@ -69,14 +88,17 @@ def test_one_result_alone(backend, device, name, through):
 @pytest.mark.parametrize("options", ({}, {"causal": True}, {"window_left": 3, "window_right": 4}), ids=str)
 def test_ragged(backend, device, options):
     for dtype in some_floats(backend):
-        assert_backward(Case(RAGGED, dtype=dtype, reach=4, options=options), backend, device)
+        assert_backward(
+            Case(RAGGED, heads=1 if emulated(backend) else 2, dtype=dtype, reach=4, options=options), backend, device
+        )
 
 
 def test_drawn(backend, device):
-    few = interpreted(backend) or backend == "reference"
+    few = interpreted(backend) or emulated(backend) or backend == "reference"
+    examples = 4 if few else 16
 
-    @settings(max_examples=4 if few else 16, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-    @given(case=cases(longest=30 if few else 100, most=3 if few else 4))
+    @settings(max_examples=examples, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @given(case=cases(30 if few else 100, 3 if few else 4, some_floats(backend, FLOATS)))
     def check(case):
         assert_backward(case, backend, device)
 
@@ -85,7 +107,7 @@ def test_drawn(backend, device):
 
 def test_only_what_is_wanted(backend, device):
     """An input that requires no gradient gets none."""
-    case = option_case("everything", torch.float32)
+    case = option_case("everything", main_dtype(backend))
     for wanted in DIFFERENTIABLE:
         leaf = case.tensors[wanted].to(device).requires_grad_()
         out, _ = case.run(backend, device, {wanted: leaf})
@@ -114,7 +136,7 @@ def test_gradcheck_of_the_definition(name):
 def test_no_sequences(backend, device):
     if backend == "reference":
         pytest.skip("nothing was computed: the reference's result has no graph")
-    none = torch.zeros(0, 2, 16, device=device)
+    none = torch.zeros(0, 2, 16, device=device, dtype=main_dtype(backend))
     leaves = [none.clone().requires_grad_() for _ in range(3)]
     table = torch.randn(2, 5, device=device, requires_grad=True)
     cu_seqlens = offsets(()).to(device)

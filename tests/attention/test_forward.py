@@ -8,13 +8,15 @@ from hypothesis import HealthCheck, given, settings
 from torch.nn.functional import scaled_dot_product_attention
 
 import embedding_kernels as ek
-from attention.cases import DIMS, HEADS, LONG, OPTIONS, RAGGED, TILES, cases, option_case
+from attention.cases import DIMS, HEADS, LONG, MANY, OPTIONS, RAGGED, TILES, cases, option_case
 from attention.definition import (
     FLOATS,
     Case,
     assert_forward,
     attend,
+    emulated,
     interpreted,
+    main_dtype,
     offsets,
     sequences,
     skip_if_slow,
@@ -32,17 +34,41 @@ def test_lengths(backend, device, dtype):
 @pytest.mark.parametrize("length", LONG)
 def test_long(backend, device, length, dtype):
     """Every option that a tile may be left out for, over several tiles."""
-    if interpreted(backend):
-        pytest.skip("too long for the interpreter")
+    skip_if_slow(backend, dtype, FLOATS)
+    if interpreted(backend) or (emulated(backend) and length > LONG[0]):
+        pytest.skip("too long for the interpreter and the emulation")
     for options in ({"causal": True}, {"window_left": 40, "window_right": 70}):
         case = Case((length, 3), heads=1, dim=64, dtype=dtype, reach=91, rotated=64, options=options)
         assert_forward(case, backend, device)
 
 
+@pytest.mark.parametrize("extra", ({}, {"reach": 91, "rotated": 48}), ids=str)
+@pytest.mark.parametrize("dim", (64, 128))
+def test_long_and_plain(backend, device, dim, extra):
+    """The shapes of long texts, with nothing but causality and with the rest."""
+    if interpreted(backend):
+        pytest.skip("too long for the interpreter")
+    case = Case((150, 3), heads=1, dim=dim, dtype=torch.bfloat16, options={"causal": True}, **extra)
+    assert_forward(case, backend, device)
+
+
+def test_many_sequences(backend, device):
+    for dtype in some_floats(backend):
+        assert_forward(Case(MANY, heads=1, dtype=dtype, reach=2), backend, device)
+
+
+@pytest.mark.parametrize("dims", ((136, 72), (104, 128)), ids=str)
+def test_wide_heads_with_every_option(backend, device, dims):
+    spec = OPTIONS["everything"] | {"dim": dims[0], "dim_v": dims[1]}
+    assert_forward(Case(dtype=torch.bfloat16, **spec), backend, device)
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("dims", DIMS, ids=str)
 def test_head_dims(backend, device, dims, dtype):
-    skip_if_slow(backend, dtype, FLOATS[1:2])
+    # here float16 has a way of its own through the emulation
+    if dtype != torch.float16 or not emulated(backend):
+        skip_if_slow(backend, dtype, FLOATS[1:2])
     assert_forward(Case((5, 33, 1), heads=1, dim=dims[0], dim_v=dims[1], dtype=dtype), backend, device)
 
 
@@ -61,7 +87,9 @@ def test_options(backend, device, name, dtype):
 @pytest.mark.parametrize("options", ({}, {"causal": True}, {"window_left": 3, "window_right": 4}), ids=str)
 def test_ragged(backend, device, options):
     for dtype in some_floats(backend):
-        assert_forward(Case(RAGGED, dtype=dtype, reach=4, options=options), backend, device)
+        assert_forward(
+            Case(RAGGED, heads=1 if emulated(backend) else 2, dtype=dtype, reach=4, options=options), backend, device
+        )
 
 
 def test_large_scores(backend, device):
@@ -72,10 +100,11 @@ def test_large_scores(backend, device):
 
 
 def test_drawn(backend, device):
-    few = interpreted(backend) or backend == "reference"
+    few = interpreted(backend) or emulated(backend) or backend == "reference"
+    examples = 6 if few else 40
 
-    @settings(max_examples=6 if few else 40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-    @given(case=cases(longest=30 if few else 100, most=3 if few else 4))
+    @settings(max_examples=examples, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @given(case=cases(30 if few else 100, 3 if few else 4, some_floats(backend, FLOATS)))
     def check(case):
         assert_forward(case, backend, device)
 
@@ -139,7 +168,7 @@ def test_rotation_is_that_of_transformers():
 
 
 def test_no_sequences(backend, device):
-    none = torch.zeros(0, 2, 16, device=device)
+    none = torch.zeros(0, 2, 16, device=device, dtype=main_dtype(backend))
     out, lse = ek.varlen_attention(
         none, none, none, *[offsets(()).to(device)] * 2, 0, 0, return_lse=True, backend=backend
     )

@@ -10,7 +10,7 @@ import torch
 
 import attention.definition
 import embedding_kernels as ek
-from attention.definition import FLOATS, Case, assert_gradients, assert_results, gradient_magnitudes
+from attention.definition import FLOATS, Case, assert_gradients, assert_results, gradient_magnitudes, skip_if_slow
 from error_rule import assert_within_rule
 from operators import assert_same
 
@@ -152,6 +152,7 @@ def test_a_nan_stays_in_its_row_and_head(backend, device):
 @pytest.mark.parametrize("dtype", FLOATS[:2])
 def test_prefix_and_tail_are_the_whole(backend, device, dtype):
     """Keys of each text split in two: the merged halves are attention over all of them, gradients included."""
+    skip_if_slow(backend, dtype)
     lengths, cuts = (30, 5, 17), (12, 5, 0)
     whole = Case(lengths, heads=4, kv_heads=2, dtype=dtype)
     halves = []
