@@ -32,8 +32,51 @@ class Expected:
     where: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
+# accesses of 16 bytes
+_READS, _WRITES = r"LDG\.E(\.\w+)*\.128", r"STG\.E(\.\w+)*\.128"
+_WIDE = (_READS, _WRITES)
+# template arguments of the instances that take 16 bytes at a time
+_BY_COUNT, _BY_FLAG = r"\b(4|8|16)$", r"\btrue\b"
+# a product on tensor cores of what asynchronous copies have brought to shared memory
+_PRODUCT = ("HMMA", "LDSM", "LDGSTS")
+
 KERNELS = {
+    # attention
+    "attention_kernel": Expected(255, (*_PRODUCT, *_WIDE)),
+    "attention_gradient_kernel": Expected(255, _PRODUCT),
+    "attention_bias_kernel": Expected(128, _PRODUCT),
+    "attention_shares_kernel": Expected(64, (_READS,)),
+    "attention_sum_tables_kernel": Expected(64),
+    "attention_rotate_kernel": Expected(64, _WIDE),
+    "merge_kernel": Expected(64, where={_BY_COUNT: _WIDE}),
+    "merge_gradient_kernel": Expected(96, where={_BY_COUNT: _WIDE}),
+    # hamming
     "pack_bits_kernel": Expected(32, ("VOTE", "BREV")),
+    "scan_kernel": Expected(168, ("LDGSTS",), where={"Product": ("BMMA", "LDSM"), "FewQueries": ("POPC",)}),
+    "lay_queries_kernel": Expected(64, ("REDUX",)),
+    "bound_kernel": Expected(64),
+    "offset_kernel": Expected(64),
+    "order_kernel": Expected(64),
+    "place_kernel": Expected(64),
+    "rank_kernel": Expected(64),
+    "score_kernel": Expected(128, where={r"(Int8|[Ff]loat\w*), (4|8|16)$": (_READS,)}),
+    # latent_attention
+    "softmax_kernel": Expected(128, where={_BY_COUNT: _WIDE}),
+    "softmax_gradient_kernel": Expected(128, where={_BY_COUNT: _WIDE}),
+    "gated_pool_kernel": Expected(128, where={_BY_COUNT: _WIDE}),
+    "gated_gradient_kernel": Expected(128, where={_BY_COUNT: _WIDE}),
+    "join_spans_kernel": Expected(64, where={_BY_COUNT: (_READS,)}),
+    "scale_kernel": Expected(64),
+    "sum_rows_kernel": Expected(64, where={_BY_COUNT: _WIDE}),
+    "weight_gradient_kernel": Expected(64),
+    # norm
+    "norm_kernel": Expected(128, where={_BY_FLAG: _WIDE}),
+    "norm_gradient_kernel": Expected(128, where={_BY_FLAG: _WIDE}),
+    "add_parts_kernel": Expected(64),
+    "copy_rows_kernel": Expected(64, where={"Words4": _WIDE}),
+    "return_gradients_kernel": Expected(64, where={_BY_FLAG: _WIDE}),
+    "shifts_kernel": Expected(32),
+    "tables_kernel": Expected(32),
 }
 
 # additions of floats in no fixed order, and the exchange by which one is made where there is no instruction for it;
@@ -41,7 +84,7 @@ KERNELS = {
 FORBIDDEN = r"(RED|ATOM[GS]?)\.(.*(F16|BF16|F32|F64)|.*CAS)|LDL|STL"
 
 
-@dataclass
+@dataclass(repr=False)
 class Kernel:
     """One instance of a kernel template for one architecture."""
 
@@ -53,7 +96,7 @@ class Kernel:
     local: int
     instructions: frozenset[str]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return f"{self.name}<{self.arguments}> for {self.architecture}"
 
 
