@@ -223,6 +223,10 @@ EK_LIBRARY_IMPL(EK_LIBRARY_NAME, EK_CUDA_KEY, m) {
   m.impl("token_prepend_rms_norm", TORCH_BOX(&cuda::token_prepend_rms_norm));
   m.impl("token_prepend_rms_norm_forward", TORCH_BOX(&cuda::token_prepend_rms_norm));
   m.impl("token_prepend_rms_norm_backward", TORCH_BOX(&cuda::token_prepend_rms_norm_backward));
+  m.impl("segment_pool", TORCH_BOX(&cuda::segment_pool));
+  m.impl("segment_pool_forward", TORCH_BOX(&cuda::segment_pool));
+  m.impl("segment_pool_backward", TORCH_BOX(&cuda::segment_pool_backward));
+  m.impl("segment_pool_pack_bits", TORCH_BOX(&cuda::segment_pool_pack_bits));
 }
 
 #endif

@@ -1,34 +1,14 @@
 // Checks and dispatch of the pooling family on torch tensors.
 #include "pooling.h"
 
-#include <array>
-#include <string_view>
-
-#include "../checks.h"
 #include "../kernels.h"
+#include "../pooling_checks.h"
 #include "hamming.h"
 #include "pooling_driver.h"
 #include "torch_support.h"
 
 namespace embedding_kernels::cpu {
 namespace {
-
-const char* const kFloatRows = "a float32, bfloat16 or float16 tensor [T, D] (float64 runs with backend=\"reference\")";
-const char* const kOffsets = "an int32 tensor [sequences + 1]";
-const char* const kMask = "a bool, uint8, int32 or int64 tensor [B, S]";
-
-// in the order of PoolingMode
-constexpr std::array<std::string_view, 7> kModes = {"mean",  "weighted_mean", "mean_sqrt_len", "max",
-                                                    "first", "first_m",       "last"};
-
-PoolingMode mode_of(const char* op, const std::string& name) {
-  std::string names;
-  for (size_t i = 0; i < kModes.size(); ++i) {
-    if (kModes[i] == name) return static_cast<PoolingMode>(i);
-    names += (i ? ", " : "") + std::string(kModes[i]);
-  }
-  refuse(op, "mode", "one of " + names, "'" + name + "'");
-}
 
 // The tensors that a Pooling points into, made dense where they were not.
 struct PoolingTensors {
@@ -39,26 +19,8 @@ struct PoolingTensors {
 // Checks of the offsets, mode and weights that forward and backward share; `total` rows of `dim`.
 Pooling pooling_of(const char* op, PoolingTensors& tensors, int64_t total, int64_t dim, const std::string& mode_name,
                    int64_t m, std::optional<int64_t> truncate_dim, const Tensor& device) {
-  check_tensor(op, "cu_seqlens", tensors.offsets, kOffsets, {ScalarType::Int}, 1);
-  if (tensors.offsets.size(0) == 0) refuse(op, "cu_seqlens", kOffsets, describe(tensors.offsets));
-  const PoolingMode mode = mode_of(op, mode_name);
-  if (mode == PoolingMode::first_m) {
-    check_at_least(op, "m", m, 1);
-  } else {
-    check_range(op, "m", m, 1, 1);
-  }
-  if (tensors.weights) {
-    const bool weighted =
-        mode == PoolingMode::mean || mode == PoolingMode::weighted_mean || mode == PoolingMode::mean_sqrt_len;
-    if (!weighted) refuse(op, "weights", "None in mode " + mode_name, describe(*tensors.weights));
-    check_tensor(op, "weights", *tensors.weights, "a float32 tensor [T]", {ScalarType::Float}, 1);
-    check_size(op, "weights", *tensors.weights, 0, total, "one for each row of hidden");
-  }
-  if (truncate_dim) check_range(op, "truncate_dim", *truncate_dim, 1, dim);
-  const char* const first = &device == &tensors.hidden ? "hidden" : "grad";
-  check_same_device(op, first, device, "cu_seqlens", tensors.offsets);
-  if (tensors.weights) check_same_device(op, first, device, "weights", *tensors.weights);
-
+  const PoolingMode mode = check_pooling(op, &device == &tensors.hidden ? "hidden" : "grad", device, tensors.offsets,
+                                         total, dim, mode_name, m, tensors.weights, truncate_dim);
   tensors.offsets = torch::stable::contiguous(tensors.offsets);
   if (tensors.weights) tensors.weights = torch::stable::contiguous(*tensors.weights);
   const auto* offsets = static_cast<const int32_t*>(tensors.offsets.const_data_ptr());
@@ -76,7 +38,7 @@ void set_rows(Pooling& pooling, PoolingTensors& tensors) {
 
 Pooling checked_pooling(const char* op, PoolingTensors& tensors, const std::string& mode, int64_t m,
                         std::optional<int64_t> truncate_dim) {
-  check_tensor(op, "hidden", tensors.hidden, kFloatRows, kFloats, 2);
+  check_tensor(op, "hidden", tensors.hidden, kPoolingRows, kFloats, 2);
   Pooling pooling =
       pooling_of(op, tensors, tensors.hidden.size(0), tensors.hidden.size(1), mode, m, truncate_dim, tensors.hidden);
   set_rows(pooling, tensors);
@@ -97,8 +59,7 @@ Tensor segment_pool(Tensor hidden, Tensor cu_seqlens, std::string mode, int64_t 
   const char* const op = "segment_pool";
   PoolingTensors tensors{hidden, cu_seqlens, weights};
   const Pooling pooling = checked_pooling(op, tensors, mode, m, truncate_dim);
-  const ScalarType dtype = out_dtype.value_or(hidden.scalar_type());
-  if (!is_float(dtype)) refuse(op, "out_dtype", "float32, bfloat16 or float16", dtype_name(dtype));
+  const ScalarType dtype = checked_out_dtype(op, hidden, out_dtype);
 
   Tensor out = empty_pooled(pooling, pooling.columns, dtype);
   auto* to = static_cast<uint8_t*>(out.mutable_data_ptr());
@@ -137,28 +98,11 @@ std::tuple<Tensor, Tensor> segment_pool_backward(Tensor grad, std::optional<Tens
                                                  int64_t total_tokens, int64_t dim, ScalarType dtype, std::string mode,
                                                  int64_t m, std::optional<Tensor> weights, bool normalize) {
   const char* const op = "segment_pool_backward";
-  const int64_t rank = mode == "first_m" ? 3 : 2;
-  check_tensor(
-      op, "grad", grad,
-      rank == 3 ? "a float32, bfloat16 or float16 tensor [S, m, D]" : "a float32, bfloat16 or float16 tensor [S, D]",
-      kFloats, rank);
-  if (!is_float(dtype)) refuse(op, "dtype", "float32, bfloat16 or float16", dtype_name(dtype));
-  check_at_least(op, "total_tokens", total_tokens, 0);
-  if (hidden) {
-    check_tensor(op, "hidden", *hidden, kFloatRows, kFloats, 2);
-    check_size(op, "hidden", *hidden, 0, total_tokens, "total_tokens");
-    check_size(op, "hidden", *hidden, 1, dim, "dim");
-    check_same_device(op, "grad", grad, "hidden", *hidden);
-  }
+  check_pooling_gradient(op, grad, hidden, total_tokens, dim, dtype, mode);
   PoolingTensors tensors{grad, cu_seqlens, weights};
   Pooling pooling = pooling_of(op, tensors, total_tokens, dim, mode, m, std::nullopt, grad);
-  check_size(op, "grad", grad, 0, pooling.sequences, "the number of sequences");
-  if (rank == 3) check_size(op, "grad", grad, 1, m, "m");
-  check_range(op, "the last size of grad", grad.size(rank - 1), 0, dim);
-  if (!hidden && (pooling.mode == PoolingMode::max || normalize)) {
-    refuse(op, "hidden", "given for mode max and for normalize", "None");
-  }
-  pooling.columns = grad.size(rank - 1);
+  check_pooled_gradient(op, grad, hidden.has_value(), pooling.sequences, m, dim, pooling.mode, normalize);
+  pooling.columns = grad.size(grad.dim() - 1);
   if (hidden) {
     tensors.hidden = *hidden;
     set_rows(pooling, tensors);

@@ -9,11 +9,10 @@
 #include <cstring>
 #include <vector>
 
+#include "../pooling_mode.h"
 #include "pooling.h"
 
 namespace embedding_kernels {
-
-enum class PoolingMode { mean, weighted_mean, mean_sqrt_len, max, first, first_m, last };
 
 // Packed rows and how to pool them: sequence s holds rows offsets[s] to offsets[s + 1].
 struct Pooling {
@@ -31,13 +30,10 @@ struct Pooling {
   const void* row(int64_t index) const {
     return static_cast<const uint8_t*>(rows) + index * stride * dtype_bytes(dtype);
   }
-  bool sums() const {
-    return mode == PoolingMode::mean || mode == PoolingMode::weighted_mean || mode == PoolingMode::mean_sqrt_len;
-  }
+  bool sums() const { return sums_rows(mode); }
   bool position_weighted() const { return mode == PoolingMode::weighted_mean && weights == nullptr; }
 };
 
-constexpr float kNormEps = 1e-12f;
 constexpr int64_t kSerialElements = int64_t{1} << 15;  // less work than this is not worth a second thread
 constexpr int64_t kRowOverhead = 4;                    // cost of an item beside its rows, in rows
 constexpr int64_t kChunkColumns = 64;                  // columns of a long sequence are split in multiples of this

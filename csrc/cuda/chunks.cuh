@@ -30,6 +30,37 @@ __device__ inline void load_chunk(const T* row, int column, int columns, float (
   }
 }
 
+// The same of several rows, `stride` apart and the first of them `inside`. All loads come before the first conversion,
+// so that they are under way at once.
+template <bool kAligned, class T, int kRows>
+__device__ inline void load_chunks(const T* row, int64_t stride, int64_t inside, int column, int columns,
+                                   float (&values)[kRows][kWide<T>]) {
+  if constexpr (kAligned) {
+    ptx::Words4 words[kRows];
+#pragma unroll
+    for (int k = 0; k < kRows; ++k) {
+      words[k] = {};
+      if (k < inside && column < columns) words[k] = ptx::load_words4(row + k * stride + column);
+    }
+#pragma unroll
+    for (int k = 0; k < kRows; ++k) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if constexpr (sizeof(T) == 4) {
+          values[k][i] = ptx::float_of(words[k].word[i]);
+        } else {
+          unpack_pair<T>(words[k].word[i], values[k][2 * i], values[k][2 * i + 1]);
+        }
+      }
+    }
+  } else {
+#pragma unroll
+    for (int k = 0; k < kRows; ++k) {
+      load_chunk<false>(row + k * stride, column, k < inside ? columns : 0, values[k]);
+    }
+  }
+}
+
 template <bool kAligned, class T, int N>
 __device__ inline void store_chunk(T* row, int column, int columns, const float (&values)[N]) {
   if constexpr (kAligned) {

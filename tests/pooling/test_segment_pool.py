@@ -129,15 +129,7 @@ def gradients(call, hidden, weights, grad):
     return hidden.grad, None if weights is None else weights.grad
 
 
-@pytest.mark.parametrize("mode", POOLING_MODES)
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("options", ("plain", "normalize", "both"))
-@pytest.mark.parametrize("weighted", (False, True))
-def test_gradient(backend, device, require_kernel, weighted, options, dtype, mode):
-    require_kernel("segment_pool")
-    if weighted and mode not in WEIGHTED:
-        pytest.skip("weights are for the means")
-    case = Case(LENGTHS["ragged"], 70, dtype, mode, weighted, **OPTIONS.get(options, {}))
+def check_gradient(case, backend, device):
     grad = torch.randn_like(case.plain()).to(case.out_dtype())
 
     got = gradients(lambda x, w: case.kernel(backend, device, x, w), case.hidden, case.weights, grad.to(device))
@@ -156,10 +148,32 @@ def test_gradient(backend, device, require_kernel, weighted, options, dtype, mod
         norms = case.definition(case.hidden.double(), case.weights, normalize=False, out_dtype=torch.float64)
         largest = grad.double().abs().amax() * 2 / norms.norm(dim=-1)[norms.norm(dim=-1) > 0].min()
         scale = scale + largest
-    assert_within_rule(got[0].cpu(), exact[0], plain[0].to(dtype), scale)
-    if weighted:
+    assert_within_rule(got[0].cpu(), exact[0], plain[0].to(case.dtype), scale)
+    if case.weights is not None:
         terms = (exact[0].abs().amax() * case.hidden.double().abs().amax(1)).mul(70)[:, None]
         assert_within_rule(got[1].cpu()[:, None], exact[1][:, None], plain[1][:, None], terms)
+
+
+@pytest.mark.parametrize("mode", POOLING_MODES)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("options", ("plain", "normalize", "both"))
+@pytest.mark.parametrize("weighted", (False, True))
+def test_gradient(backend, device, require_kernel, weighted, options, dtype, mode):
+    require_kernel("segment_pool")
+    if weighted and mode not in WEIGHTED:
+        pytest.skip("weights are for the means")
+    case = Case(LENGTHS["ragged"], 70, dtype, mode, weighted, **OPTIONS.get(options, {}))
+    check_gradient(case, backend, device)
+
+
+@pytest.mark.parametrize("mode", POOLING_MODES)
+@pytest.mark.parametrize("weighted", (False, True))
+def test_gradient_of_long_sequences(backend, device, require_kernel, weighted, mode):
+    """Of more rows than one block takes."""
+    require_kernel("segment_pool")
+    if weighted and mode not in WEIGHTED:
+        pytest.skip("weights are for the means")
+    check_gradient(Case((300, 0, 129, 20), 70, torch.float32, mode, weighted), backend, device)
 
 
 def test_gradcheck_of_the_definition():
@@ -211,6 +225,46 @@ def test_max_gradient_goes_to_the_first_maximum(backend, device):
     hidden = torch.tensor([[1.0, 3.0], [2.0, 3.0], [2.0, 3.0]], device=device, requires_grad=True)
     ek.segment_pool(hidden, offsets((3,)).to(device), "max", backend=backend).sum().backward()
     assert hidden.grad.tolist() == [[0, 1], [1, 0], [0, 0]]
+
+
+def test_max_gradient_among_equals(backend, device):
+    """Few values in many rows; NaN is the largest, and a column of -inf has a first maximum too."""
+    hidden = torch.randint(3, (400, 20)).float()
+    hidden[[150, 260], 4] = float("nan")
+    hidden[:, 5] = float("-inf")
+    grads = []
+    for name in (backend, "reference"):
+        rows = hidden.to(device).requires_grad_()
+        ek.segment_pool(rows, offsets((390, 0, 10)).to(device), "max", backend=name).backward(
+            torch.arange(1.0, 61, device=device).view(3, 20)
+        )
+        grads.append(rows.grad)
+    assert_same(*grads)
+
+
+@pytest.mark.parametrize("mode", ("mean", "max"))
+def test_so_many_rows_that_their_parts_grow(backend, device, mode):
+    case = Case((33000, 5), 4, torch.float32, mode)
+    assert_within_rule(case.kernel(backend, device).cpu(), case.exact(), case.plain(), case.magnitude())
+
+
+@pytest.mark.parametrize("mode", POOLING_MODES)
+def test_offsets_that_nobody_checks_are_clamped(backend, monkeypatch, mode):
+    """As on a GPU, where values are not read on the host: the emulation sees every access."""
+    if backend != "cuda_host":
+        pytest.skip("refused on the CPU; nothing is seen of a GPU's accesses")
+    monkeypatch.delenv("EMBEDDING_KERNELS_CHECK")
+    ops, m = torch.ops.embedding_kernels_cuda_host, 2 if mode == "first_m" else 1
+    hidden = torch.randn(140, 9)
+    shape = (4, 2, 9) if mode == "first_m" else (4, 9)
+    for values in ((-7, 3, 3, 139, 2**31 - 1), (40, 20, 10, 150, 0), (-5, -4, -3, -2, -1), (141, 141, 200, 200, 141)):
+        cu_seqlens = torch.tensor(values, dtype=torch.int32)
+        assert ops.segment_pool(hidden, cu_seqlens, mode, m).shape == shape
+        ops.segment_pool_pack_bits(hidden, cu_seqlens, mode, m)
+        if list(values) == sorted(values):
+            ops.segment_pool_backward(
+                torch.randn(shape), hidden, cu_seqlens, 140, 9, torch.float32, mode, m, None, True
+            )
 
 
 @pytest.mark.parametrize("mode", POOLING_MODES)
@@ -304,6 +358,17 @@ def test_pack_bits_equal_two_steps(mode):
     pooled = ek.segment_pool(case.hidden, case.cu_seqlens, mode, m=m)
     two_steps = ek.pack_bits(pooled.flatten(0, -2)).reshape(*pooled.shape[:-1], -1)
     assert_same(ek.segment_pool_pack_bits(case.hidden, case.cu_seqlens, mode, m=m), two_steps)
+
+
+@pytest.mark.parametrize("mode", POOLING_MODES)
+def test_pack_bits_of_long_sequences_equal_two_steps(backend, device, require_kernel, mode):
+    require_kernel("segment_pool_pack_bits")
+    case = Case((300, 0, 20), 150, torch.float32, mode)
+    m = case.options.get("m", 1)
+    moved = (case.hidden.to(device), case.cu_seqlens.to(device), mode)
+    two_steps = reference.hamming.pack_bits(case.kernel(backend, device).cpu().flatten(0, -2))
+    packed = ek.segment_pool_pack_bits(*moved, m=m, backend=backend).cpu()
+    assert_same(packed, two_steps.view(packed.shape))
 
 
 @settings(max_examples=80, deadline=None)
