@@ -227,6 +227,10 @@ EK_LIBRARY_IMPL(EK_LIBRARY_NAME, EK_CUDA_KEY, m) {
   m.impl("segment_pool_forward", TORCH_BOX(&cuda::segment_pool));
   m.impl("segment_pool_backward", TORCH_BOX(&cuda::segment_pool_backward));
   m.impl("segment_pool_pack_bits", TORCH_BOX(&cuda::segment_pool_pack_bits));
+  m.impl("pack_padded", TORCH_BOX(&cuda::pack_padded));
+  m.impl("pack_padded_forward", TORCH_BOX(&cuda::pack_padded));
+  m.impl("unpack_padded", TORCH_BOX(&cuda::unpack_padded));
+  m.impl("unpack_padded_forward", TORCH_BOX(&cuda::unpack_padded));
 }
 
 #endif

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
@@ -65,6 +67,34 @@ def test_strided_batch(backend, device):
     wide = torch.randn(7, 4, 10, device=device)
     for view in (wide.transpose(0, 1), wide.transpose(0, 1)[..., 2:8], wide.transpose(0, 1)[..., ::2]):
         assert_same(ek.pack_padded(view, mask, 11, backend=backend), view[mask])
+
+
+@pytest.mark.parametrize("shape", ((3, 600), (300, 5)))
+def test_more_entries_than_a_block_takes(backend, device, shape):
+    mask = torch.rand(shape) < 0.7
+    padded = torch.randn(*shape, 9)
+    packed = ek.pack_padded(padded.to(device), mask.to(device), int(mask.sum()), backend=backend)
+    assert_same(packed, padded[mask])
+    assert_same(ek.unpack_padded(packed, mask.to(device), backend=backend), padded * mask[..., None])
+
+
+@pytest.mark.parametrize("total", (9, 11, 14))
+def test_a_wrong_total_that_nobody_checks(backend, device, monkeypatch, total):
+    """As on a GPU, where the mask is not read on the host: rows past the total are dropped, missing ones are 0."""
+    if backend == "triton":
+        kernels = importlib.import_module("embedding_kernels.kernels.pooling")
+        pack, unpack = kernels.pack_padded_triton, kernels.unpack_padded_triton
+    elif backend == "cuda_host":
+        pack, unpack = (getattr(torch.ops.embedding_kernels_cuda_host, f"{name}_padded") for name in ("pack", "unpack"))
+        monkeypatch.delenv("EMBEDDING_KERNELS_CHECK")
+    else:
+        pytest.skip("refused on the CPU; on a GPU the emulation and Triton cover it")
+    mask, padded = MASKS["right"], torch.randn(4, 7, 6)
+    packed = torch.cat([padded[mask], torch.zeros(5, 6)])[:total]
+    assert_same(pack(padded.to(device), mask.to(device), total), packed)
+    back = padded * mask[..., None]
+    back.view(-1, 6)[mask.flatten().nonzero().flatten()[total:]] = 0
+    assert_same(unpack(packed.to(device), mask.to(device)), back)
 
 
 @pytest.mark.parametrize("mask", MASKS)
