@@ -194,6 +194,13 @@ STABLE_TORCH_LIBRARY_IMPL(embedding_kernels, CPU, m) {
 
 EK_LIBRARY_IMPL(EK_LIBRARY_NAME, EK_CUDA_KEY, m) {
   using namespace embedding_kernels;
+  m.impl("anchor_attention", TORCH_BOX(&cuda::anchor_attention));
+  m.impl("anchor_attention_forward", TORCH_BOX(&cuda::anchor_attention));
+  m.impl("anchor_attention_backward", TORCH_BOX(&cuda::anchor_attention_backward));
+  m.impl("anchor_scores", TORCH_BOX(&cuda::anchor_scores));
+  m.impl("anchor_scores_forward", TORCH_BOX(&cuda::anchor_scores));
+  m.impl("anchor_scores_backward", TORCH_BOX(&cuda::anchor_scores_backward));
+  m.impl("anchor_topk", TORCH_BOX(&cuda::anchor_topk));
   m.impl("varlen_attention", TORCH_BOX(&cuda::varlen_attention));
   m.impl("varlen_attention_forward", TORCH_BOX(&cuda::varlen_attention));
   m.impl("varlen_attention_backward", TORCH_BOX(&cuda::varlen_attention_backward));

@@ -1,16 +1,13 @@
 // Checks and dispatch of the anchor scores family on torch tensors.
 #include "anchor_scores.h"
 
-#include "../checks.h"
+#include "../anchor_scores_checks.h"
 #include "../kernels.h"
 #include "anchor_scores_driver.h"
 #include "torch_support.h"
 
 namespace embedding_kernels::cpu {
 namespace {
-
-const char* const kViews = "a float32, bfloat16 or float16 tensor [P, m, D] (float64 runs with backend=\"reference\")";
-const char* const kOffsets = "an int32 tensor [Q + 1]";
 
 AnchorTensor strided(const Tensor& tensor) {
   AnchorTensor strides = {static_cast<const uint8_t*>(tensor.const_data_ptr()), {}};
@@ -26,7 +23,7 @@ struct AnchorTensors {
   const char* name;
 
   Anchoring checked(const char* op) {
-    check(op);
+    anchor::check_views(op, views, name, queries, offsets);
     views = dense_rows(views);
     queries = dense_rows(queries);
     offsets = torch::stable::contiguous(offsets);
@@ -41,22 +38,6 @@ struct AnchorTensors {
             queries.dim() == 4 ? queries.size(2) : 1,
             views.size(2)};
   }
-
- private:
-  void check(const char* op) const {
-    const bool heads = std::string(name) == "queries";
-    check_tensor(op, "views", views, kViews, kFloats, 3);
-    const std::string expected =
-        "a " + dtype_name(views.scalar_type()) + " tensor " + (heads ? "[Q, m, H, D]" : "[Q, m, D]") + ", as views";
-    check_tensor(op, name, queries, expected.c_str(), {views.scalar_type()}, heads ? 4 : 3);
-    check_size(op, name, queries, 1, views.size(1), "the views");
-    check_size(op, name, queries, heads ? 3 : 2, views.size(2), "the width of views");
-    check_tensor(op, "cu_passages", offsets, kOffsets, {ScalarType::Int}, 1);
-    check_size(op, "cu_passages", offsets, 0, queries.size(0) + 1, (std::string("one more than ") + name).c_str());
-    check_same_device(op, "views", views, name, queries);
-    check_same_device(op, "views", views, "cu_passages", offsets);
-    if (!heads) check_at_least(op, "views.shape[1]", views.size(1), 1);
-  }
 };
 
 Tensor empty_of(const Tensor& tensor) {
@@ -66,10 +47,6 @@ Tensor empty_of(const Tensor& tensor) {
 }
 
 uint8_t* bytes_of(Tensor& tensor) { return static_cast<uint8_t*>(tensor.mutable_data_ptr()); }
-
-void check_sizes(const char* op, const Tensor& grad, const Tensor& other, const char* meaning) {
-  for (int64_t d = 0; d < grad.dim(); ++d) check_size(op, "grad", grad, d, other.size(d), meaning);
-}
 
 }  // namespace
 
@@ -85,10 +62,7 @@ std::tuple<Tensor, Tensor> anchor_attention_backward(Tensor grad, Tensor views, 
   const char* const op = "anchor_attention_backward";
   AnchorTensors tensors{views, queries, cu_passages, "queries"};
   const Anchoring anchoring = tensors.checked(op);
-  const std::string expected = "a " + dtype_name(views.scalar_type()) + " tensor [Q, m, H, D]";
-  check_tensor(op, "grad", grad, expected.c_str(), {views.scalar_type()}, 4);
-  check_sizes(op, grad, queries, "as queries");
-  check_same_device(op, "views", views, "grad", grad);
+  anchor::check_attention_grad(op, grad, views, queries);
   grad = dense_rows(grad);
   Tensor grad_views = empty_of(views), grad_queries = empty_of(queries);
   const AnchorGradients out = {strided(grad), bytes_of(grad_views), bytes_of(grad_queries)};
@@ -112,10 +86,7 @@ std::tuple<Tensor, Tensor> anchor_scores_backward(Tensor grad, Tensor views, Ten
   const char* const op = "anchor_scores_backward";
   AnchorTensors tensors{views, anchors, cu_passages, "anchors"};
   const Anchoring anchoring = tensors.checked(op);
-  check_tensor(op, "grad", grad, per_view ? "a float32 tensor [P, m]" : "a float32 tensor [P]", {ScalarType::Float},
-               per_view ? 2 : 1);
-  check_sizes(op, grad, views, "as views");
-  check_same_device(op, "views", views, "grad", grad);
+  anchor::check_scores_grad(op, grad, views, per_view);
   grad = torch::stable::contiguous(grad);
   Tensor grad_views = empty_of(views), grad_anchors = empty_of(anchors);
   const AnchorScoreGradients out = {static_cast<const float*>(grad.const_data_ptr()), per_view, bytes_of(grad_views),

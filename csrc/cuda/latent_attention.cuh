@@ -1,73 +1,33 @@
 // What the mean of gated rows and its gradient share.
 #pragma once
 
-#include <algorithm>
 #include <cmath>
 
-#include "launch.cuh"
-#include "raw.cuh"
+#include "segments.cuh"
 
 namespace embedding_kernels::cuda {
 
-constexpr int kPoolThreads = 256;
-// Rows of one turn of a block. Sequences are cut into spans of that many rows from their beginning, so that a mean has
-// the same bits in any batch.
+// Rows of one turn of a block.
 constexpr int kSpan = 256;
+using PoolSpan = Span<kSpan>;
+using PoolJoin = Join<kSpan>;
 
-// ---- a block of threads over rows and columns ----
-
-// `across` threads, a power of two, stand side by side on the columns of a tile; the others take every `down`-th row.
-// The width alone decides, so that nothing else changes the order of a sum.
-struct Tile {
-  int across, down;
-  int width;        // columns
-  int64_t count;    // tiles over all columns
-  int64_t at_once;  // blocks of a turn: each takes every at_once-th tile
-};
-
-// Blocks enough to fill the device some times over; more would only find out again what a turn knows before its first
-// tile.
 template <int N>
-Tile tile_over(int64_t columns, int64_t turns, int multiprocessors) {
-  constexpr int most = N == 1 ? 32 : 16;
-  int across = 1;
-  while (across < most && across * N < columns) across *= 2;
-  const int64_t count = (columns + across * N - 1) / (across * N);
-  const int64_t blocks = int64_t{multiprocessors} * 32;
-  return {across, kPoolThreads / across, across * N, count, std::clamp<int64_t>(blocks / turns, 1, count)};
+Tile pool_tile(int64_t columns, int64_t turns, int multiprocessors) {
+  return few_at_once(tile_over<N>(columns, N == 1 ? 32 : 16), turns, multiprocessors);
 }
-
-inline dim3 grid_of(const Tile& tile, int64_t turns) { return dim3(static_cast<unsigned>(turns * tile.at_once)); }
 
 struct PoolShared {
-  float sums[kPoolThreads * 8];
-  double doubles[kPoolThreads];
+  float sums[kSegmentThreads * 8];
+  double doubles[kSegmentThreads];
   int32_t sequences[kSpan];
 };
-
-// Of the N columns of each thread the sum over the threads below one another, for all of them. Every thread comes.
-template <int N>
-__device__ inline void sum_down(const Tile& tile, float (&mine)[N], PoolShared& shared) {
-  // the block may still read what it summed before
-  ptx::sync_block();
-#pragma unroll
-  for (int i = 0; i < N; ++i) shared.sums[threadIdx.x * N + i] = mine[i];
-  for (int half = tile.down / 2; half > 0; half /= 2) {
-    ptx::sync_block();
-    for (int at = threadIdx.x; at < half * tile.width; at += kPoolThreads) {
-      shared.sums[at] += shared.sums[at + half * tile.width];
-    }
-  }
-  ptx::sync_block();
-#pragma unroll
-  for (int i = 0; i < N; ++i) mine[i] = shared.sums[threadIdx.x % tile.across * N + i];
-}
 
 // Sum over the block, for every thread. Every thread comes.
 __device__ inline double sum_block(double mine, PoolShared& shared) {
   ptx::sync_block();
   shared.doubles[threadIdx.x] = mine;
-  for (int half = kPoolThreads / 2; half > 0; half /= 2) {
+  for (int half = kSegmentThreads / 2; half > 0; half /= 2) {
     ptx::sync_block();
     if (static_cast<int>(threadIdx.x) < half) shared.doubles[threadIdx.x] += shared.doubles[threadIdx.x + half];
   }
@@ -75,21 +35,9 @@ __device__ inline double sum_block(double mine, PoolShared& shared) {
   return shared.doubles[0];
 }
 
-// ---- sequences; offsets are clamped, so that nothing is out of bounds whatever they hold ----
-
-struct Sequences {
-  const int32_t* offsets;  // [count + 1]
-  int64_t count, total;
+struct Sequences : Segments {
   const float* weights;  // [total] or null
 
-  __device__ int64_t start(int64_t sequence) const {
-    const int64_t offset = offsets[sequence];
-    return offset < 0 ? 0 : offset > total ? total : offset;
-  }
-  __device__ int64_t end(int64_t sequence) const {
-    const int64_t first = start(sequence), last = start(sequence + 1);
-    return last < first ? first : last;
-  }
   __device__ float weight(int64_t row) const { return weights == nullptr ? 1.0f : weights[row]; }
 };
 
@@ -98,26 +46,10 @@ __device__ inline float scale_of(const Sequences& sequences, int64_t first, int6
   double sum = static_cast<double>(last - first);
   if (sequences.weights != nullptr) {
     sum = 0;
-    for (int64_t row = first + threadIdx.x; row < last; row += kPoolThreads) sum += sequences.weights[row];
+    for (int64_t row = first + threadIdx.x; row < last; row += kSegmentThreads) sum += sequences.weights[row];
     sum = sum_block(sum, shared);
   }
   return sum == 0 ? 0.0f : static_cast<float>(1.0 / sum);
-}
-
-// The first i of [0, count) of which above(i) holds, or `count`, where above changes once at most. The lanes of a warp
-// look at 32 places at a time; all of them come.
-template <class Above>
-__device__ inline int64_t first_above(int64_t count, const Above& above) {
-  int64_t low = 0, high = count;
-  while (low < high) {
-    const int64_t step = (high - low + kWarp - 1) / kWarp;
-    const int64_t place = low + threadIdx.x % kWarp * step;
-    const int64_t below = ptx::count_bits(ptx::vote_ballot(place < high && !above(place)));
-    const int64_t next = low + below * step;
-    low = below == 0 ? low : next - step + 1;
-    high = next < high ? next : high;
-  }
-  return low;
 }
 
 // ---- the gated linear unit ----
@@ -189,7 +121,7 @@ struct GatedTensors {
   }
 
   Sequences sequences() const {
-    return {pointer<int32_t>(offsets), offsets.size(0) - 1, hidden.size(0), pointer_or_null<float>(weights)};
+    return {{pointer<int32_t>(offsets), offsets.size(0) - 1, hidden.size(0)}, pointer_or_null<float>(weights)};
   }
 
   template <class T>

@@ -19,7 +19,7 @@ struct PooledGrad {
 };
 
 // Of each sequence the scale, and the gradient of its mean times that: what a row of weight 1 gets.
-__global__ void __launch_bounds__(kPoolThreads)
+__global__ void __launch_bounds__(kSegmentThreads)
     scale_kernel(PooledGrad grad, Sequences sequences, float* __restrict__ scales, float* __restrict__ scaled) {
   auto& shared = shared_memory<PoolShared>();
   const int64_t strips = (grad.columns + kColumnsABlock - 1) / kColumnsABlock;
@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(kPoolThreads)
   const float scale = scale_of(sequences, sequences.start(sequence), sequences.end(sequence), shared);
   if (column == 0 && threadIdx.x == 0) scales[sequence] = scale;
   const int64_t end = column + kColumnsABlock < grad.columns ? column + kColumnsABlock : grad.columns;
-  for (int64_t c = column + threadIdx.x; c < end; c += kPoolThreads) {
+  for (int64_t c = column + threadIdx.x; c < end; c += kSegmentThreads) {
     scaled[sequence * grad.columns + c] = load_as(grad.element, grad.grad, sequence * grad.stride + c) * scale;
   }
 }
@@ -47,10 +47,7 @@ struct Gradient {
 __device__ inline void find_sequences(const Sequences& sequences, const float* scales, int64_t start,
                                       PoolShared& shared) {
   const int64_t last = (start + kSpan < sequences.total ? start + kSpan : sequences.total) - 1;
-  const auto after = [&](int64_t row) {
-    return first_above(sequences.count + 1, [&](int64_t s) { return sequences.start(s) > row; });
-  };
-  int64_t low = after(start), high = after(last);
+  int64_t low = segment_of(sequences, start) + 1, high = segment_of(sequences, last) + 1;
   const int64_t row = start + threadIdx.x;
   while (low < high) {
     const int64_t middle = low + (high - low) / 2;
@@ -94,7 +91,7 @@ __device__ inline GatedSlopes<N> gated_slopes(const RawGated<T, N>& raw, const f
 // A turn takes kSpan rows, whichever sequences they are in. Rows of the block go in step: all lanes of a warp come to
 // the sums over a row.
 template <class T, int N>
-__global__ void __launch_bounds__(kPoolThreads, 2)
+__global__ void __launch_bounds__(kSegmentThreads, 2)
     gated_gradient_kernel(GatedRows<T> gated, Sequences sequences, Tile tile, Gradient<T> out) {
   auto& shared = shared_memory<PoolShared>();
   const int64_t turn = blockIdx.x / tile.at_once, start = turn * kSpan, columns = gated.columns;
@@ -144,17 +141,18 @@ __global__ void __launch_bounds__(kPoolThreads, 2)
     }
     float* const parts = out.bias_parts + turn * (2 * columns) + column;
     const bool first = inside && static_cast<int>(threadIdx.x) < tile.across;
-    sum_down(tile, value_sums, shared);
+    sum_down(tile, value_sums, shared.sums);
     if (first) store_floats(parts, value_sums);
-    sum_down(tile, gate_sums, shared);
+    sum_down(tile, gate_sums, shared.sums);
     if (first) store_floats(parts + columns, gate_sums);
   }
 }
 
 // out[c] = sum of parts[r, c] over r.
 template <int N>
-__global__ void __launch_bounds__(kPoolThreads) sum_rows_kernel(const float* __restrict__ parts, int64_t rows,
-                                                                int64_t columns, Tile tile, float* __restrict__ out) {
+__global__ void __launch_bounds__(kSegmentThreads)
+    sum_rows_kernel(const float* __restrict__ parts, int64_t rows, int64_t columns, Tile tile,
+                    float* __restrict__ out) {
   auto& shared = shared_memory<PoolShared>();
   const int64_t column = blockIdx.x * int64_t{tile.width} + threadIdx.x % tile.across * N;
   const bool inside = column < columns;
@@ -164,29 +162,29 @@ __global__ void __launch_bounds__(kPoolThreads) sum_rows_kernel(const float* __r
 #pragma unroll
     for (int i = 0; i < N; ++i) sums[i] += part[i];
   }
-  sum_down(tile, sums, shared);
+  sum_down(tile, sums, shared.sums);
   if (inside && static_cast<int>(threadIdx.x) < tile.across) store_floats(out + column, sums);
 }
 
 // In place, from each weight's own product the gradient of the mean: less the weighted mean of them all.
-__global__ void __launch_bounds__(kPoolThreads)
+__global__ void __launch_bounds__(kSegmentThreads)
     weight_gradient_kernel(Sequences sequences, const float* __restrict__ scales, float* grad_weights) {
   auto& shared = shared_memory<PoolShared>();
   const int64_t sequence = blockIdx.x, first = sequences.start(sequence), last = sequences.end(sequence);
   double sum = 0;
-  for (int64_t row = first + threadIdx.x; row < last; row += kPoolThreads) {
+  for (int64_t row = first + threadIdx.x; row < last; row += kSegmentThreads) {
     sum += static_cast<double>(grad_weights[row]) * sequences.weights[row];
   }
   const double mean = sum_block(sum, shared) * scales[sequence];
-  for (int64_t row = first + threadIdx.x; row < last; row += kPoolThreads) {
+  for (int64_t row = first + threadIdx.x; row < last; row += kSegmentThreads) {
     grad_weights[row] = static_cast<float>(grad_weights[row] - mean);
   }
 }
 
 void sum_rows(const char* op, const Tensor& parts, int64_t rows, int64_t columns, Tensor& out) {
   with_access<float>(columns % 4 == 0, [&]<int N>(std::integral_constant<int, N>) {
-    const Tile tile = tile_over<N>(columns, 1, 1);
-    launch(op, sum_rows_kernel<N>, dim3(static_cast<unsigned>(tile.count)), dim3(kPoolThreads), sizeof(PoolShared),
+    const Tile tile = tile_over<N>(columns, 16);
+    launch(op, sum_rows_kernel<N>, dim3(static_cast<unsigned>(tile.count)), dim3(kSegmentThreads), sizeof(PoolShared),
            current_stream(parts), pointer<float>(parts), rows, columns, tile, mutable_pointer<float>(out));
   });
 }
@@ -223,27 +221,28 @@ std::tuple<Tensor, Tensor, Tensor> geglu_segment_pool_backward(Tensor grad, Tens
   Tensor scales = empty_like_device(hidden, {sequences.count}, ScalarType::Float);
   Tensor scaled = empty_like_device(hidden, {sequences.count, columns}, ScalarType::Float);
   const int64_t strips = (columns + kColumnsABlock - 1) / kColumnsABlock;
-  launch(op, scale_kernel, dim3(static_cast<unsigned>(sequences.count * strips)), dim3(kPoolThreads),
+  launch(op, scale_kernel, dim3(static_cast<unsigned>(sequences.count * strips)), dim3(kSegmentThreads),
          sizeof(PoolShared), stream, pooled(grad), sequences, mutable_pointer<float>(scales),
          mutable_pointer<float>(scaled));
   const int64_t turns = (total + kSpan - 1) / kSpan;
   Tensor bias_parts = empty_like_device(hidden, {turns, width}, ScalarType::Float);
+  Tensor products;
   with_float_type(hidden.scalar_type(), [&]<class T>(T) {
     const GatedRows<T> gated = tensors.rows<T>();
     with_access<T>(tensors.are_wide<T>(), [&]<int N>(std::integral_constant<int, N>) {
-      const Tile tile = tile_over<N>(columns, turns, multiprocessors(hidden));
-      Tensor products = empty_like_device(hidden, {weights ? tile.count : 0, total}, ScalarType::Float);
+      const Tile tile = pool_tile<N>(columns, turns, multiprocessors(hidden));
+      products = empty_like_device(hidden, {weights ? tile.count : 0, total}, ScalarType::Float);
       const Gradient<T> out = {pointer<float>(scales), pointer<float>(scaled), mutable_pointer<T>(grad_hidden),
                                mutable_pointer<float>(bias_parts),
                                weights ? mutable_pointer<float>(products) : nullptr};
-      launch(op, gated_gradient_kernel<T, N>, grid_of(tile, turns), dim3(kPoolThreads), sizeof(PoolShared), stream,
+      launch(op, gated_gradient_kernel<T, N>, grid_of(tile, turns), dim3(kSegmentThreads), sizeof(PoolShared), stream,
              gated, sequences, tile, out);
       if (weights) sum_rows(op, products, tile.count, total, grad_weights);
     });
   });
   sum_rows(op, bias_parts, turns, width, grad_bias);
   if (weights) {
-    launch(op, weight_gradient_kernel, dim3(static_cast<unsigned>(sequences.count)), dim3(kPoolThreads),
+    launch(op, weight_gradient_kernel, dim3(static_cast<unsigned>(sequences.count)), dim3(kSegmentThreads),
            sizeof(PoolShared), stream, sequences, pointer<float>(scales), mutable_pointer<float>(grad_weights));
   }
   return {grad_hidden, grad_bias, grad_weights};

@@ -19,34 +19,12 @@ struct Means {
   Element element;
   float* parts;  // 2 rows for each whole span of the total
 
-  // Those of two sequences of several spans never overlap.
-  __device__ int64_t first_part(int64_t first_row) const { return 2 * (first_row / kSpan); }
-
   template <int N>
   __device__ void store(int64_t at, const float (&sums)[N], float scale) const {
     // exactly 0 without weight, whatever the rows hold
 #pragma unroll
     for (int i = 0; i < N; ++i) store_as(element, out, at + i, scale == 0 ? 0.0f : sums[i] * scale);
   }
-};
-
-// The rows that fall to a turn: turns start / kSpan + s and on belong to sequence s, enough for its spans.
-struct Span {
-  int64_t sequence, first, last;  // all rows of the sequence
-  int64_t start, end;             // those of the span
-
-  __device__ Span(const Sequences& sequences, int64_t turn) {
-    const auto above = [&](int64_t s) { return sequences.start(s) / kSpan + s > turn; };
-    sequence = first_above(sequences.count, above) - 1;
-    first = last = start = end = 0;
-    if (sequence < 0) return;
-    first = sequences.start(sequence);
-    last = sequences.end(sequence);
-    start = first + (turn - sequence - first / kSpan) * kSpan;
-    end = last < start + kSpan ? last : start + kSpan;
-  }
-  // An empty sequence has one span, without rows.
-  __device__ bool exists() const { return sequence >= 0 && start >= first && (start < last || start == first); }
 };
 
 template <class T, int N>
@@ -63,12 +41,12 @@ __device__ inline void add_gated(const RawGated<T, N>& raw, const float (&value_
 }
 
 template <class T, int N>
-__global__ void __launch_bounds__(kPoolThreads, 3)
+__global__ void __launch_bounds__(kSegmentThreads, 3)
     gated_pool_kernel(GatedRows<T> gated, Sequences sequences, Tile tile, Means means) {
   auto& shared = shared_memory<PoolShared>();
-  const Span span(sequences, blockIdx.x / tile.at_once);
+  const PoolSpan span(sequences, blockIdx.x / tile.at_once);
   if (!span.exists()) return;
-  const bool whole = span.last - span.first <= kSpan;
+  const bool whole = span.is_whole();
   const float scale = whole ? scale_of(sequences, span.first, span.last, shared) : 1.0f;
   for (int64_t t = blockIdx.x % tile.at_once; t < tile.count; t += tile.at_once) {
     const int64_t column = t * tile.width + threadIdx.x % tile.across * N;
@@ -91,50 +69,45 @@ __global__ void __launch_bounds__(kPoolThreads, 3)
         }
       }
     }
-    sum_down(tile, sums, shared);
+    sum_down(tile, sums, shared.sums);
     if (!inside || static_cast<int>(threadIdx.x) >= tile.across) continue;
     if (whole) {
-      means.store(span.sequence * gated.columns + column, sums, scale);
+      means.store(span.segment * gated.columns + column, sums, scale);
     } else {
-      const int64_t part = means.first_part(span.first) + (span.start - span.first) / kSpan;
-      store_floats(means.parts + part * gated.columns + column, sums);
+      store_floats(means.parts + span.part() * gated.columns + column, sums);
     }
   }
 }
 
-// Means of the sequences of several spans. Each such holds one row, a multiple of kSpan, that lies in its first span
-// or just behind: the turn of that row joins it.
+// Means of the sequences of several spans.
 template <int N>
-__global__ void __launch_bounds__(kPoolThreads)
+__global__ void __launch_bounds__(kSegmentThreads)
     join_spans_kernel(Sequences sequences, int64_t columns, Tile tile, Means means) {
   auto& shared = shared_memory<PoolShared>();
-  const int64_t row = blockIdx.x / tile.at_once * kSpan;
-  const int64_t sequence = first_above(sequences.count + 1, [&](int64_t s) { return sequences.start(s) > row; }) - 1;
-  if (sequence < 0 || sequence >= sequences.count) return;
-  const int64_t first = sequences.start(sequence), last = sequences.end(sequence);
-  if (last - first <= kSpan || row - first >= kSpan) return;
-  const int64_t spans = (last - first + kSpan - 1) / kSpan;
-  const float scale = scale_of(sequences, first, last, shared);
+  const PoolJoin join(sequences, blockIdx.x / tile.at_once);
+  if (!join.exists) return;
+  const float scale = scale_of(sequences, join.first, join.last, shared);
   for (int64_t t = blockIdx.x % tile.at_once; t < tile.count; t += tile.at_once) {
     const int64_t column = t * tile.width + threadIdx.x % tile.across * N;
     const bool inside = column < columns;
     float sums[N] = {}, part[N];
-    for (int64_t s = threadIdx.x / tile.across; inside && s < spans; s += tile.down) {
-      load_floats(means.parts + (means.first_part(first) + s) * columns + column, part);
+    for (int64_t s = threadIdx.x / tile.across; inside && s < join.spans; s += tile.down) {
+      load_floats(means.parts + (join.part + s) * columns + column, part);
 #pragma unroll
       for (int i = 0; i < N; ++i) sums[i] += part[i];
     }
-    sum_down(tile, sums, shared);
-    if (inside && static_cast<int>(threadIdx.x) < tile.across) means.store(sequence * columns + column, sums, scale);
+    sum_down(tile, sums, shared.sums);
+    if (!inside || static_cast<int>(threadIdx.x) >= tile.across) continue;
+    means.store(join.segment * columns + column, sums, scale);
   }
 }
 
 void join_spans(const char* op, const Tensor& hidden, const Sequences& sequences, int64_t columns, const Means& means) {
-  const int64_t turns = (sequences.total + kSpan - 1) / kSpan;
+  const int64_t turns = PoolJoin::turns(sequences);
   const int processors = multiprocessors(hidden);
   const auto start = [&]<int N>(std::integral_constant<int, N>) {
-    const Tile tile = tile_over<N>(columns, turns, processors);
-    launch(op, join_spans_kernel<N>, grid_of(tile, turns), dim3(kPoolThreads), sizeof(PoolShared),
+    const Tile tile = pool_tile<N>(columns, turns, processors);
+    launch(op, join_spans_kernel<N>, grid_of(tile, turns), dim3(kSegmentThreads), sizeof(PoolShared),
            current_stream(hidden), sequences, columns, tile, means);
   };
   with_access<float>(columns % 4 == 0, start);
@@ -155,16 +128,16 @@ Tensor geglu_segment_pool(Tensor hidden, std::optional<Tensor> bias, Tensor cu_s
   Tensor out = empty_like_device(hidden, {sequences.count, columns}, dtype);
   if (out.numel() == 0) return out;
   // only sequences longer than a span leave partial sums
-  Tensor parts = empty_like_device(hidden, {2 * (sequences.total / kSpan), columns}, ScalarType::Float);
+  Tensor parts = empty_like_device(hidden, {PoolSpan::parts(sequences), columns}, ScalarType::Float);
   void* const to = dtype == ScalarType::Float ? static_cast<void*>(mutable_pointer<float>(out))
                                               : static_cast<void*>(mutable_pointer<uint16_t>(out));
   const Means means = {to, element_of(dtype), mutable_pointer<float>(parts)};
-  const int64_t turns = sequences.total / kSpan + sequences.count;
+  const int64_t turns = PoolSpan::turns(sequences);
   with_float_type(hidden.scalar_type(), [&]<class T>(T) {
     const GatedRows<T> gated = tensors.rows<T>();
     with_access<T>(tensors.are_wide<T>(), [&]<int N>(std::integral_constant<int, N>) {
-      const Tile tile = tile_over<N>(columns, turns, multiprocessors(hidden));
-      launch(op, gated_pool_kernel<T, N>, grid_of(tile, turns), dim3(kPoolThreads), sizeof(PoolShared),
+      const Tile tile = pool_tile<N>(columns, turns, multiprocessors(hidden));
+      launch(op, gated_pool_kernel<T, N>, grid_of(tile, turns), dim3(kSegmentThreads), sizeof(PoolShared),
              current_stream(hidden), gated, sequences, tile, means);
     });
   });

@@ -21,6 +21,9 @@ SIZES = (
     ((5,), 6, 1, 7),
     ((1, 1), 2, 9, 1),
     ((40, 2), 3, 18, 100),
+    ((2, 300), 1, 2, 37),
+    ((20, 3), 1, 17, 1000),
+    ((5,), 1, 3, 1032),
     ((0,), 2, 1, 8),
     ((), 2, 2, 8),
     ((4,), 2, 3, 0),
@@ -79,7 +82,7 @@ def gradients(function, views, other, *rest, grad):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("size", SIZES[:6], ids=str)
+@pytest.mark.parametrize("size", SIZES[:9], ids=str)
 def test_attention_gradients(backend, device, size, dtype):
     views, queries, cu_passages = drawn(*size, dtype)
     grad = torch.randn(queries.shape).to(dtype)
@@ -208,20 +211,30 @@ def test_any_strides(backend, device, dtype):
 
 
 @pytest.mark.parametrize("offsets", ((5, 0, 900, 2, -4), (0, 2**31 - 1, -(2**31), 9, 13), (-3, 4, 4, 4, 50)))
-def test_bad_offsets_reach_nothing_outside(backend, device, offsets):
+def test_bad_offsets_reach_nothing_outside(backend, device, monkeypatch, offsets):
     """A GPU's kernels clamp the offsets: what stands before and after the views is not a number, and is not read."""
-    if backend != "triton":
+    if backend in ("reference", "cpu"):
         pytest.skip("every other backend refuses them")
+    if backend == "cuda_host" and offsets[1] > 2**30:
+        pytest.skip("two queries with one passage: the emulation reports that both write its gradient")
+    monkeypatch.delenv("EMBEDDING_KERNELS_CHECK", raising=False)
+
+    def run(name, *arguments):
+        if backend == "triton":
+            return OPERATORS[name].triton(*arguments)
+        namespace = "embedding_kernels" if backend == "cuda" else "embedding_kernels_cuda_host"
+        return getattr(getattr(torch.ops, namespace), name)(*arguments)
+
     views, queries, _ = drawn((13, 0, 0, 0), 3, 5, 48, torch.bfloat16)
     room = torch.full((40, *views.shape[1:]), float("nan"), dtype=views.dtype, device=device)
     room[13:26] = views
     arguments = room[13:26], queries.to(device), torch.tensor(offsets, dtype=torch.int32, device=device)
-    assert OPERATORS["anchor_attention"].triton(*arguments).isfinite().all()
-    OPERATORS["anchor_attention_backward"].triton(arguments[1], *arguments)
+    assert run("anchor_attention", *arguments).isfinite().all()
+    run("anchor_attention_backward", arguments[1], *arguments)
     own, anchors = (arguments[0], arguments[1][:, :, 0], arguments[2]), torch.ones(13, device=device)
-    assert OPERATORS["anchor_scores_backward"].triton(anchors, *own, False)[1].isfinite().all()
-    OPERATORS["anchor_scores"].triton(*own)
-    OPERATORS["anchor_topk"].triton(*own, 20)
+    assert run("anchor_scores_backward", anchors, *own, False)[1].isfinite().all()
+    run("anchor_scores", *own, False)
+    run("anchor_topk", *own, 20)
     assert room[:13].isnan().all() and room[26:].isnan().all()
 
 
