@@ -191,32 +191,31 @@ __global__ void __launch_bounds__(kMostTeam, 1) norm_gradient_kernel(NormGradien
 
 // ---- sums of the blocks ----
 
-constexpr int kSumColumns = 32, kSumParts = 32;
+constexpr int kSumColumns = 32, kMostLanes = 32;  // lanes take every so many parts of a column
 
 struct SumShared {
-  double of_parts[kSumParts][kSumColumns];
+  double of_lanes[kMostLanes][kSumColumns];
 };
 
 // Column sums of parts [count, columns]; blockIdx.y picks weight or bias.
-__global__ void __launch_bounds__(kSumColumns* kSumParts)
+__global__ void __launch_bounds__(kSumColumns* kMostLanes)
     add_parts_kernel(const float* weight_sums, const float* bias_sums, int64_t count, int64_t columns,
                      float* grad_weight, float* grad_bias) {
   auto& shared = shared_memory<SumShared>();
   const float* parts = blockIdx.y == 0 ? weight_sums : bias_sums;
   float* out = blockIdx.y == 0 ? grad_weight : grad_bias;
-  const int lane = threadIdx.x % kSumColumns, first = threadIdx.x / kSumColumns;
-  const int64_t column = static_cast<int64_t>(blockIdx.x) * kSumColumns + lane;
+  const int inside = threadIdx.x % kSumColumns, lane = threadIdx.x / kSumColumns, lanes = blockDim.x / kSumColumns;
+  const int64_t column = static_cast<int64_t>(blockIdx.x) * kSumColumns + inside;
   double total = 0;
   if (column < columns) {
 #pragma unroll 4
-    for (int64_t part = first; part < count; part += kSumParts) total += parts[part * columns + column];
+    for (int64_t part = lane; part < count; part += lanes) total += parts[part * columns + column];
   }
-  shared.of_parts[first][lane] = total;
+  shared.of_lanes[lane][inside] = total;
   ptx::sync_block();
-  if (first > 0 || column >= columns) return;
+  if (lane > 0 || column >= columns) return;
   total = 0;
-#pragma unroll
-  for (int part = 0; part < kSumParts; ++part) total += shared.of_parts[part][lane];
+  for (int l = 0; l < lanes; ++l) total += shared.of_lanes[l][inside];
   out[column] = static_cast<float>(total);
 }
 
@@ -283,8 +282,10 @@ Gradients backward(const char* op, Tensor grad, std::optional<Tensor> grad_summe
     launch(op, aligned ? norm_gradient_kernel<T, true> : norm_gradient_kernel<T, false>,
            dim3(static_cast<unsigned>(blocks)), dim3(block), sizeof(GradientShared), stream, norm);
   });
+  int lanes = 1;
+  while (lanes < kMostLanes && lanes < blocks) lanes *= 2;
   launch(op, add_parts_kernel, dim3(blocks_for(columns, kSumColumns, INT32_MAX), with_bias ? 2 : 1),
-         dim3(kSumColumns * kSumParts), sizeof(SumShared), stream, weight_sums, bias_sums, blocks, columns,
+         dim3(kSumColumns * lanes), sizeof(SumShared), stream, weight_sums, bias_sums, blocks, columns,
          mutable_pointer<float>(out.weight), mutable_pointer<float>(out.bias));
   if (copies != nullptr) return_gradients(op, *copies, out.x, copied, out.x);
   return out;
