@@ -2,6 +2,7 @@
 //
 // A row is read once and written once or twice: at 4096 columns of bfloat16 add_rms_norm moves 16 KiB in and as much
 // out for each row. 16,384 rows are 512 MiB, 112 us at an H200's 4.8 TB/s.
+#include "../kernels.h"
 #include "norm.cuh"
 #include "token_prepend.cuh"
 
