@@ -264,6 +264,15 @@ void note_buffer(const void* data, size_t bytes) {
 
 void forget_buffers() { buffers.clear(); }
 
+// A demangled function without its return type, namespaces, parameters and template arguments.
+std::string plain_name(std::string function) {
+  const std::string nameless = "(anonymous namespace)::";
+  for (size_t at; (at = function.find(nameless)) != std::string::npos;) function.erase(at, nameless.size());
+  function.resize(std::min(function.size(), std::strcspn(function.c_str(), "<(\n")));
+  const size_t last = function.find_last_of(": ");
+  return last == std::string::npos ? function : function.substr(last + 1);
+}
+
 std::string describe_site(uintptr_t site) {
   static std::map<uintptr_t, std::string> known;
   if (image_base == 0) find_image();
@@ -278,10 +287,8 @@ std::string describe_site(uintptr_t site) {
   if (FILE* lines = popen(command, "r")) {
     char function[2048], place[1024];
     while (std::fgets(function, sizeof function, lines) && std::fgets(place, sizeof place, lines)) {
-      std::string_view where(place, std::strcspn(place, "\n ("));
-      const std::string_view name(function, std::strcspn(function, "<(\n"));
-      text += (text.empty() ? "" : " in ") + std::string(where) + " " +
-              std::string(name.substr(name.rfind(':') == std::string_view::npos ? 0 : name.rfind(':') + 1));
+      text +=
+          (text.empty() ? "" : " in ") + std::string(place, std::strcspn(place, "\n (")) + " " + plain_name(function);
     }
     pclose(lines);
   }

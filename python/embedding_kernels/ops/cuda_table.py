@@ -21,40 +21,27 @@ class Row:
         kernel: how the names of its ``__global__`` functions begin.
         architecture: the least compute capability, 80 for 8.0.
         dtypes: of the rows.
-        most_head_dim: the largest width of a head, of queries and keys as of values.
-        head_dim_multiple: widths are multiples of this.
+        head_dims: widths of a head, of queries and keys as of values.
     """
 
     kernel: str
     architecture: int
     dtypes: tuple[torch.dtype, ...]
-    most_head_dim: int
-    head_dim_multiple: int
+    head_dims: range
 
     def fits(self, dtype: torch.dtype, head_dims: Sequence[int]) -> bool:
-        return dtype in self.dtypes and all(
-            0 < dim <= self.most_head_dim and dim % self.head_dim_multiple == 0 for dim in head_dims
-        )
+        return dtype in self.dtypes and all(dim in self.head_dims for dim in head_dims)
 
     def __str__(self) -> str:
         dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
-        multiple = f", multiples of {self.head_dim_multiple}" if self.head_dim_multiple > 1 else ""
-        return f"{dtypes}, heads of up to {self.most_head_dim}{multiple}, sm_{self.architecture} and up"
+        widths = f"heads of {self.head_dims[0]} to {self.head_dims[-1]} dimensions in steps of {self.head_dims.step}"
+        return f"{dtypes}, {widths}, sm_{self.architecture} and up"
 
 
 _HALVES = (torch.bfloat16, torch.float16)
 TABLE: dict[str, tuple[Row, ...]] = {
-    "varlen_attention": (Row("attention_kernel", 80, _HALVES, 256, 1),),
-    "varlen_attention_backward": (Row("attention_", 80, _HALVES, 256, 1),),
-    "merge_attention": (Row("merge_", 80, _HALVES, 256, 1),),
-    "merge_attention_backward": (Row("merge_", 80, _HALVES, 256, 1),),
-}
-# the argument whose last dimension is the width of queries and keys, and that of values
-_WIDTHS = {
-    "varlen_attention": ("q", "v"),
-    "varlen_attention_backward": ("q", "v"),
-    "merge_attention": ("out_a",),
-    "merge_attention_backward": ("out_a",),
+    "varlen_attention": (Row("attention_kernel", 80, _HALVES, range(16, 257, 8)),),
+    "varlen_attention_backward": (Row("attention_gradient_kernel", 80, _HALVES, range(16, 257, 8)),),
 }
 
 
@@ -63,6 +50,5 @@ def row_for(op: str, argument_names: Sequence[str], args: Sequence[Any]) -> Row 
 
     Only for operators that have rows; ``args`` are positional, as in the schema.
     """
-    tensors = [args[argument_names.index(name)] for name in _WIDTHS[op]]
-    widths = [tensor.shape[-1] for tensor in tensors]
-    return next((row for row in TABLE[op] if row.fits(tensors[0].dtype, widths)), None)
+    q, v = (args[argument_names.index(name)] for name in ("q", "v"))
+    return next((row for row in TABLE[op] if row.fits(q.dtype, (q.shape[-1], v.shape[-1]))), None)
