@@ -41,6 +41,16 @@ _BY_COUNT, _BY_FLAG = r"\b(4|8|16)$", r"\btrue\b"
 _PRODUCT = ("HMMA", "LDSM", "LDGSTS")
 
 KERNELS = {
+    # anchor_scores
+    "anchor_attention_kernel": Expected(168, (*_PRODUCT, _WRITES)),
+    "mix_kernel": Expected(208, where={r"^[\w:]+, true": _WIDE}),
+    "join_mix_kernel": Expected(64, where={_BY_COUNT: (_READS,)}),
+    "scores_kernel": Expected(64, where={_BY_FLAG: (_READS,)}),
+    "top_kernel": Expected(64),
+    "products_kernel": Expected(128, where={_BY_FLAG: (_READS,)}),
+    "weights_kernel": Expected(64),
+    "view_gradient_kernel": Expected(128, where={_BY_FLAG: _WIDE}),
+    "score_gradient_kernel": Expected(64, where={_BY_FLAG: _WIDE}),
     # attention
     "attention_kernel": Expected(255, (*_PRODUCT, *_WIDE)),
     "attention_gradient_kernel": Expected(255, _PRODUCT),
@@ -68,7 +78,7 @@ KERNELS = {
     "join_spans_kernel": Expected(64, where={_BY_COUNT: (_READS,)}),
     "scale_kernel": Expected(64),
     "sum_rows_kernel": Expected(64, where={_BY_COUNT: _WIDE}),
-    "weight_gradient_kernel": Expected(64),
+    "weight_gradient_kernel": Expected(64, where={_BY_FLAG: (_READS,)}),  # pooling's too
     # norm
     "norm_kernel": Expected(128, where={_BY_FLAG: _WIDE}),
     "norm_gradient_kernel": Expected(128, where={_BY_FLAG: _WIDE}),
@@ -77,6 +87,16 @@ KERNELS = {
     "return_gradients_kernel": Expected(64, where={_BY_FLAG: _WIDE}),
     "shifts_kernel": Expected(32),
     "tables_kernel": Expected(32),
+    # pooling, and padding
+    "pool_kernel": Expected(96, where={_BY_FLAG: (_READS,)}),
+    "join_parts_kernel": Expected(64, where={_BY_FLAG: (_READS,)}),
+    "finish_vectors_kernel": Expected(64, where={_BY_FLAG: _WIDE}),
+    "vector_gradient_kernel": Expected(64),
+    "row_gradient_kernel": Expected(64, where={_BY_FLAG: _WIDE}),
+    "max_gradient_kernel": Expected(96, where={_BY_FLAG: (_READS,)}),
+    "join_max_gradient_kernel": Expected(64, where={_BY_FLAG: (_READS,)}),
+    "places_kernel": Expected(64, ("POPC",)),
+    "starts_kernel": Expected(32),
 }
 
 # additions of floats in no fixed order, and the exchange by which one is made where there is no instruction for it;
