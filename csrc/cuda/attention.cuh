@@ -131,9 +131,14 @@ __device__ inline OwnRows own_rows(const AttentionRule& rule, int32_t slot, int 
   own.lowest = own.highest = 0;
   own.walk_first = own.walk_last = own.other_start;
   if (own.known == 0) return own;  // the whole warp
-  const int32_t at = position_of(side, own.start, own.first + smaller(lane, own.known - 1));
-  own.lowest = static_cast<int32_t>(ptx::warp_min(static_cast<uint32_t>(at)));
-  own.highest = static_cast<int32_t>(~ptx::warp_min(~static_cast<uint32_t>(at)));
+  if (side.positions == nullptr) {
+    own.lowest = own.first - own.start;
+    own.highest = own.lowest + own.known - 1;
+  } else {
+    const int32_t at = position_of(side, own.start, own.first + smaller(lane, own.known - 1));
+    own.lowest = static_cast<int32_t>(ptx::warp_min(static_cast<uint32_t>(at)));
+    own.highest = static_cast<int32_t>(~ptx::warp_min(~static_cast<uint32_t>(at)));
+  }
   own.walk_last = own.other_end;
   if (other.positions == nullptr) {
     const Window window = window_of<kOwnKeys>(rule);

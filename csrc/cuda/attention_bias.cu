@@ -18,11 +18,17 @@ struct TableShared {
   float sums[kAttentionWarps][kBins];
 };
 
+// The part of a head's table that a block sums.
+struct TablePart {
+  int32_t reach, first, bins;
+};
+
 // Adds a warp's step to its sums where distances grow by one from column to column and fall from row to row: lane l
-// owns the diagonal l − 15, whose distance is `corner` for l = 15. `first` and `bins` are the part of the table.
+// owns the diagonal l − 15, whose distance is `corner` for l = 15.
 template <class T, class Shape>
-__device__ inline void add_diagonals(TableShared<T, Shape>& shared, int32_t corner, int32_t reach, int32_t first,
-                                     int32_t bins, int warp, int lane) {
+__device__ inline void add_diagonals(TableShared<T, Shape>& shared, int32_t corner, const TablePart& part, int warp,
+                                     int lane) {
+  const auto [reach, first, bins] = part;
   static_assert(Shape::kOwn == 16 && Shape::kChunk == 16);
   const int slant = lane - 15;
   float sum = 0;
@@ -49,7 +55,8 @@ __device__ inline void add_diagonals(TableShared<T, Shape>& shared, int32_t corn
 // The same for any distances: lane l owns every 32nd entry from l on, and looks at all pairs.
 template <class T, class Shape>
 __device__ inline void add_places(TableShared<T, Shape>& shared, const int32_t* positions, int32_t coordinate,
-                                  int32_t reach, int32_t first, int32_t bins, int warp, int lane) {
+                                  const TablePart& part, int warp, int lane) {
+  const auto [reach, first, bins] = part;
   for (int r = 0; r < Shape::kOwn; ++r) {
     for (int c = 0; c < Shape::kChunk; ++c) {
       const int32_t apart = difference(positions == nullptr ? coordinate + c : positions[c], shared.at[warp][r]);
@@ -57,6 +64,49 @@ __device__ inline void add_places(TableShared<T, Shape>& shared, const int32_t* 
       if (place >= 0 && place < bins && place % kWarp == lane) shared.sums[warp][place] += shared.changes[warp][r][c];
     }
   }
+}
+
+// Adds the pairs of the warp's rows and a step of the keys, rows `row` on, at `chunk` of the tile.
+template <class T, class Shape>
+__device__ inline void add_step(const GradientArguments<T>& a, TableShared<T, Shape>& all, int stage, int chunk,
+                                int32_t row, GradientRows<Shape>& rows, bool own_count, const float* table,
+                                const TablePart& part, int warp, int lane) {
+  constexpr int kChunk = Shape::kChunk;
+  float weights[2][4], changes[2][4];
+  pair_gradients(a, all.gradient, stage, chunk, row, rows, table, weights, changes);
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int own = lane / 4 + i / 2 * 8;
+      // rows past the sequence's would pair like others
+      all.changes[warp][own][8 * n + lane % 4 * 2 + i % 2] = own < rows.own.count ? changes[n][i] : 0;
+    }
+  }
+  ptx::sync_warp();
+  const int32_t coordinate = row - rows.own.other_start, valid = rows.own.other_end - row;
+  const int32_t* const positions =
+      a.rule.keys.positions == nullptr ? nullptr : all.gradient.positions[stage] + chunk * kChunk;
+  const bool counts = positions == nullptr || lane >= smaller(valid, kChunk) || positions[lane] == positions[0] + lane;
+  if (own_count && ptx::vote_ballot(!counts) == 0) {
+    const int32_t corner = difference(positions == nullptr ? coordinate : positions[0], all.at[warp][0]);
+    add_diagonals(all, corner, part, warp, lane);
+  } else {
+    add_places(all, positions, coordinate, part, warp, lane);
+  }
+  ptx::sync_warp();
+}
+
+// Whether the positions of the warp's rows count up by one; notes them.
+template <class T, class Shape>
+__device__ inline bool note_positions(const GradientArguments<T>& a, TableShared<T, Shape>& all, const OwnRows& own,
+                                      int warp, int lane) {
+  if (lane < Shape::kOwn) {
+    all.at[warp][lane] = lane < own.count ? position_of(a.rule.queries, own.start, own.first + lane) : 0;
+  }
+  ptx::sync_warp();
+  const bool counts = lane >= own.count || all.at[warp][lane] == all.at[warp][0] + lane;
+  return ptx::vote_ballot(!counts) == 0;
 }
 
 // partial [gridDim.x, heads, gridDim.z kBins]: part blockIdx.z of a head's table, over every gridDim.x-th block of
@@ -69,10 +119,10 @@ __global__ void __launch_bounds__(kAttentionThreads)
   GradientShared<T, Shape>& shared = all.gradient;
   const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
   const int32_t reach = a.rule.reach, first = static_cast<int32_t>(blockIdx.z) * kBins;
-  const int32_t bins = smaller(2 * reach + 1 - first, kBins);
+  const TablePart part = {reach, first, smaller(2 * reach + 1 - first, kBins)};
   // only pairs of this part are visited
   if (first > 0) a.rule.before = smaller(a.rule.before, reach - first);
-  if (first + bins <= 2 * reach) a.rule.after = smaller(a.rule.after, first + bins - 1 - reach);
+  if (first + part.bins <= 2 * reach) a.rule.after = smaller(a.rule.after, first + part.bins - 1 - reach);
   const float* const table = stage_table(a.rule, blockIdx.y, shared.table);
   for (int bin = lane; bin < kBins; bin += kWarp) all.sums[warp][bin] = 0;
 
@@ -81,13 +131,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
     GradientRows<Shape> rows;
     Cursor now, ahead;
     begin_rows(a, shared, block, rows, now, ahead);
-    if (lane < Shape::kOwn) {
-      all.at[warp][lane] =
-          lane < rows.own.count ? position_of(a.rule.queries, rows.own.start, rows.own.first + lane) : 0;
-    }
-    ptx::sync_warp();
-    const bool counting = lane >= rows.own.count || all.at[warp][lane] == all.at[warp][0] + lane;
-    const bool own_counts = ptx::vote_ballot(!counting) == 0;
+    const bool own_count = note_positions(a, all, rows.own, warp, lane);
     for (int stage = 0; now.member < a.members; stage ^= 1) {
       ptx::wait_copies<0>();
       ptx::sync_block();  // the tile is here, and nobody reads the other one any more
@@ -98,40 +142,16 @@ __global__ void __launch_bounds__(kAttentionThreads)
         const int32_t row = now.row;
         const bool mine = now.segment == rows.segment && row < rows.own.walk_last && row + kChunk > rows.own.walk_first;
         advance<kChunk>(shared.walk, now);
-        if (!mine) continue;  // the whole warp
-        float weights[2][4], changes[2][4];
-        pair_gradients(a, shared, stage, chunk, row, rows, table, weights, changes);
-#pragma unroll
-        for (int n = 0; n < 2; ++n) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int own = lane / 4 + i / 2 * 8;
-            // rows past the sequence's would pair like others
-            all.changes[warp][own][8 * n + lane % 4 * 2 + i % 2] = own < rows.own.count ? changes[n][i] : 0;
-          }
-        }
-        ptx::sync_warp();
-        const int32_t coordinate = row - rows.own.other_start, valid = rows.own.other_end - row;
-        const int32_t* const positions =
-            a.rule.keys.positions == nullptr ? nullptr : shared.positions[stage] + chunk * kChunk;
-        const bool here =
-            positions == nullptr || lane >= smaller(valid, kChunk) || positions[lane] == positions[0] + lane;
-        if (own_counts && ptx::vote_ballot(!here) == 0) {
-          const int32_t corner = difference(positions == nullptr ? coordinate : positions[0], all.at[warp][0]);
-          add_diagonals(all, corner, reach, first, bins, warp, lane);
-        } else {
-          add_places(all, positions, coordinate, reach, first, bins, warp, lane);
-        }
-        ptx::sync_warp();
+        if (mine) add_step(a, all, stage, chunk, row, rows, own_count, table, part, warp, lane);  // the whole warp
       }
     }
   }
   ptx::sync_block();
-  const int64_t part = (static_cast<int64_t>(blockIdx.x) * gridDim.y + blockIdx.y) * gridDim.z + blockIdx.z;
+  const int64_t place = (static_cast<int64_t>(blockIdx.x) * gridDim.y + blockIdx.y) * gridDim.z + blockIdx.z;
   for (int bin = thread; bin < kBins; bin += kAttentionThreads) {
     float sum = 0;
     for (int w = 0; w < kAttentionWarps; ++w) sum += all.sums[w][bin];
-    partial[part * kBins + bin] = sum;
+    partial[place * kBins + bin] = sum;
   }
 }
 

@@ -46,6 +46,7 @@ OPTIONS = {
     "seqused_none": {"used": 0.0},
     "other_keys": {"lengths_k": OTHER_K},
     "no_keys": {"lengths": (4, 3), "lengths_k": (0, 5)},
+    "no_keys_at_all": {"lengths": (4, 3), "lengths_k": (0, 0), "reach": 2, "rotated": 8},
     "no_queries": {"lengths": (0, 3), "lengths_k": (7, 5)},
     "everything": {
         "lengths": (30, 3, 17), "lengths_k": (20, 40, 33), "heads": 4, "kv_heads": 2, "dim": 40, "dim_v": 24,
