@@ -209,7 +209,8 @@ __device__ inline void store_sums(const float (&sums)[16][4], const FragmentSoft
 }
 
 template <class T, int kWarps>
-__global__ void __launch_bounds__(kWarps* kWarp, kWarps == 4 ? 3 : 2) tensor_kernel(Anchoring<T> a, Mixed<T> mixed) {
+__global__ void __launch_bounds__(kWarps* kWarp, kWarps == 4 ? 3 : 2)
+    anchor_attention_kernel(Anchoring<T> a, Mixed<T> mixed) {
   auto& shared = shared_memory<TensorShared<kWarps>>();
   const int groups = (a.heads + kHeadRows - 1) / kHeadRows;
   const int first_head = static_cast<int>(blockIdx.x % groups) * kHeadRows;
@@ -258,7 +259,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, kWarps == 4 ? 3 : 2) tensor_ker
 }
 
 template <class T>
-void start_tensor(const char* op, const AnchorTensors& tensors, Tensor& out) {
+void start_on_tensor_cores(const char* op, const AnchorTensors& tensors, Tensor& out) {
   const Anchoring<T> a = tensors.anchoring<T>();
   const cudaStream_t stream = current_stream(out);
   const int64_t rows = int64_t{a.view_count} * a.heads, groups = (a.heads + kHeadRows - 1) / kHeadRows;
@@ -266,7 +267,8 @@ void start_tensor(const char* op, const AnchorTensors& tensors, Tensor& out) {
   const Mixed<T> mixed = buffers.mixed<T>(out);
   const dim3 grid(static_cast<unsigned>(MixSpan::turns(a.segments) * a.view_count * groups));
   const auto start = [&]<int kWarps>(std::integral_constant<int, kWarps>) {
-    launch(op, tensor_kernel<T, kWarps>, grid, dim3(kWarps * kWarp), sizeof(TensorShared<kWarps>), stream, a, mixed);
+    launch(op, anchor_attention_kernel<T, kWarps>, grid, dim3(kWarps * kWarp), sizeof(TensorShared<kWarps>), stream, a,
+           mixed);
   };
   if (a.dim <= 4 * kWarpColumns) {
     start(std::integral_constant<int, 4>());
@@ -280,12 +282,12 @@ void start_tensor(const char* op, const AnchorTensors& tensors, Tensor& out) {
 
 // Runs on tensor cores where they take the tensors.
 template <class T>
-bool try_tensor(const char* op, const AnchorTensors& tensors, Tensor& out) {
+bool ran_on_tensor_cores(const char* op, const AnchorTensors& tensors, Tensor& out) {
   if constexpr (sizeof(T) != 2) {
     return false;
   } else {
     if (tensors.views.size(2) > kWidest || !tensors.are_aligned<T>()) return false;
-    start_tensor<T>(op, tensors, out);
+    start_on_tensor_cores<T>(op, tensors, out);
     return true;
   }
 }
@@ -300,7 +302,7 @@ Tensor anchor_attention(Tensor views, Tensor queries, Tensor cu_passages) {
   Tensor out = empty_as(queries);
   if (out.numel() == 0) return out;
   with_float_type(views.scalar_type(), [&]<class T>(T) {
-    if (!try_tensor<T>(op, tensors, out)) launch_mix(op, tensors, nullptr, out);
+    if (!ran_on_tensor_cores<T>(op, tensors, out)) launch_mix(op, tensors, nullptr, out);
   });
   return out;
 }

@@ -72,7 +72,7 @@ struct TopShared {
 };
 
 // Each thread counts the scores that come before its own: that is its place in the order, whatever the others find.
-// n * n comparisons of 2 instructions, so 1,000 passages of a query take some microseconds, and a million some 0.1 s.
+// n * n comparisons of some 4 instructions: for 1,000 passages of a query a few microseconds, by their count.
 __global__ void __launch_bounds__(kThreads) top_kernel(Segments segments, const float* __restrict__ scores, int64_t k,
                                                        float* __restrict__ best, int64_t* __restrict__ places) {
   auto& shared = shared_memory<TopShared>();
@@ -86,11 +86,13 @@ __global__ void __launch_bounds__(kThreads) top_kernel(Segments segments, const 
     const int64_t place = tile + threadIdx.x;
     shared.keys[threadIdx.x] = place < span.last ? key_of(scores[place]) : 0.0f;
     ptx::sync_block();
-    // ties go to the lower place: those of tiles above this one's come first, of tiles below do not
+    // of equal scores the lower place comes first
+    const int64_t lower = mine - tile;
+    const int own = static_cast<int>(lower < 0 ? 0 : lower < count ? lower : count);
     int higher = 0, level = 0;
     for (int i = 0; i < count; ++i) {
       higher += shared.keys[i] > key;
-      level += shared.keys[i] == key && tile + i < mine;
+      level += shared.keys[i] == key && i < own;
     }
     before += higher + level;
     ptx::sync_block();
