@@ -80,9 +80,11 @@ class MultiViewTrainer(Trainer):
     Both parts are logged beside the sum. A batch is ``per_device_train_batch_size`` queries with all their passages.
 
     There is no dropout: the model's ``dropout_rate`` is set to 0. Under ``bf16=True`` products run in bfloat16 on
-    float32 weights. Checkpoints are directories of the published layout, which `MultiViewReranker.from_pretrained`
-    loads, with the state of training beside the weights. A run that is interrupted leaves whole checkpoints, and
-    ``train(resume_from_checkpoint=True)`` goes on from the last one, on a CPU to the same bits as without interruption.
+    float32 weights; on a CPU, set ``ONEDNN_PRIMITIVE_CACHE_CAPACITY=64``: by default oneDNN keeps gigabytes of
+    primitives for batches of ever other sizes. Checkpoints are directories of the published layout, which
+    `MultiViewReranker.from_pretrained` loads, with the state of training beside the weights. A run that is interrupted
+    leaves whole checkpoints, and ``train(resume_from_checkpoint=True)`` goes on from the last one, on a CPU to the same
+    bits as without interruption.
 
     Args:
         reranker: trained in place; in evaluation mode again when `train` ends.
