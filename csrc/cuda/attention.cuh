@@ -349,25 +349,38 @@ template <bool kOwnKeys, bool kSlopes, int kTiles, int kColumns>
 __device__ inline void form_scores(const AttentionRule& rule, const float* table, const Columns& columns,
                                    const int32_t (&at)[2 * kTiles], float (&scores)[kTiles][kColumns][4],
                                    float (&slopes)[kTiles][kColumns][4]) {
-  const bool capped = rule.cap != 0;
+#pragma unroll
+  for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) scores[m][n][i] *= rule.factor;
+    }
+  }
+  if (rule.cap != 0) {
+#pragma unroll
+    for (int m = 0; m < kTiles; ++m) {
+#pragma unroll
+      for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float capped = tanh_of(scores[m][n][i]);
+          if constexpr (kSlopes) slopes[m][n][i] = 1 - capped * capped;
+          scores[m][n][i] = capped * rule.cap;
+        }
+      }
+    }
+  }
+  if (table == nullptr) return;
 #pragma unroll
   for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        float score = scores[m][n][i] * rule.factor;
-        if (capped) {
-          score = tanh_of(score);
-          if constexpr (kSlopes) slopes[m][n][i] = 1 - score * score;
-          score *= rule.cap;
-        }
-        if (table != nullptr) {
-          const int32_t apart = difference(columns.at(n, i % 2), at[2 * m + i / 2]);
-          const int32_t place = smaller(larger(kOwnKeys ? -apart : apart, -rule.reach), rule.reach);
-          score = ptx::fused_multiply_add(table[place], kLog2E, score);
-        }
-        scores[m][n][i] = score;
+        const int32_t apart = difference(columns.at(n, i % 2), at[2 * m + i / 2]);
+        const int32_t place = smaller(larger(kOwnKeys ? -apart : apart, -rule.reach), rule.reach);
+        scores[m][n][i] = ptx::fused_multiply_add(table[place], kLog2E, scores[m][n][i]);
       }
     }
   }
