@@ -42,6 +42,7 @@ namespace emulation {
 
 Block* current_block = nullptr;
 Thread* current_thread = nullptr;
+bool failing = false;
 
 namespace {
 
@@ -106,6 +107,7 @@ bool on_a_stack(uintptr_t address) {
 
 void fail(const std::string& what, std::initializer_list<uintptr_t> sites) {
   Thread& thread = *current_thread;
+  failing = true;
   failed = true;
   failure = what + "\n  block (" + std::to_string(current_block->index.x) + ", " +
             std::to_string(current_block->index.y) + ", " + std::to_string(current_block->index.z) + "), thread " +
@@ -180,7 +182,7 @@ void Block::make_ready(Thread& thread) {
 void Block::run(void (*entry)(const void*), const void* arguments) {
   kernel_entry = entry;
   kernel_arguments = arguments;
-  failed = false;
+  failed = failing = false;
   for (Thread& thread : threads_) ready_.push_back(thread.index);
   current_block = this;
   while (Thread* thread = next()) {

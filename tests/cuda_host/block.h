@@ -97,6 +97,8 @@ class Block {
 // The block and the thread that run; null outside a kernel.
 extern Block* current_block;
 extern Thread* current_thread;
+// While a report is made, whose own code may be instrumented (the linker keeps one copy of an inline function).
+extern bool failing;
 
 // Ends the launch: the running thread never goes on. `sites` are places in code, the newest first.
 [[noreturn]] void fail(const std::string& what, std::initializer_list<uintptr_t> sites);

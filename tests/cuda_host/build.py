@@ -77,6 +77,8 @@ def _link(name: str, work: Sequence[tuple[Path, Sequence[str]]], libraries: Sequ
             return target
         # beside and then renamed: a process that has the old one mapped keeps it
         fresh = target.with_suffix(".new")
+        # the emulation first: of an inline function that several objects hold, its own copy is kept
+        objects.sort(key=lambda path: not (path.name.startswith(HERE.name) and path.name.endswith(".cpp.o")))
         command = ["g++", "-shared", *map(str, objects), *libraries, "-o", str(fresh), "-Wl,--no-undefined", "-ldl"]
         run = subprocess.run(command, capture_output=True, text=True)
         if run.returncode != 0:

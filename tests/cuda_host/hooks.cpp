@@ -13,7 +13,7 @@ using emulation::Access;
 
 inline void note(const void* address, size_t bytes, Access kind, uintptr_t site) {
   // host code of the same file is instrumented too
-  if (emulation::current_thread != nullptr) {
+  if (emulation::current_thread != nullptr && !emulation::failing) {
     emulation::access(*emulation::current_thread, reinterpret_cast<uintptr_t>(address), bytes, kind, site);
   }
 }

@@ -1,7 +1,9 @@
 // Launches, the buffers that an operator may touch, and what tests ask of the emulation.
+#include <sys/mman.h>
+
 #include <cstring>
-#include <memory>
 #include <mutex>
+#include <new>
 #include <set>
 #include <stdexcept>
 
@@ -17,6 +19,16 @@ namespace {
 constexpr size_t kMostShared = 163 * 1024;  // of a block on sm_80
 int operators = 0;                          // that are running, one inside another
 std::set<std::string> launched;
+
+// Pages of its own: memory from the heap could lie where a tensor was that has been freed since it was noted.
+unsigned char* shared_memory_of_blocks() {
+  static unsigned char* const memory = [] {
+    void* mapped = mmap(nullptr, kMostShared, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (mapped == MAP_FAILED) throw std::bad_alloc();
+    return static_cast<unsigned char*>(mapped);
+  }();
+  return memory;
+}
 
 [[noreturn]] void refuse(const char* op, const std::string& why) {
   throw std::runtime_error(std::string(op) + ": launch failed: " + why);
@@ -44,9 +56,8 @@ void run(const char* op, const void* kernel, dim3 grid, dim3 size, size_t shared
   }
   if (shared_bytes > kMostShared) refuse(op, std::to_string(shared_bytes) + " bytes of shared memory");
   launched.insert(describe_site(reinterpret_cast<uintptr_t>(kernel) + 1));
-  const auto shared = std::unique_ptr<unsigned char, void (*)(void*)>(
-      static_cast<unsigned char*>(std::aligned_alloc(1024, (shared_bytes + 2047) / 1024 * 1024)), std::free);
-  MemoryOfLaunch memory(arguments, argument_bytes, shared.get(), shared_bytes);
+  unsigned char* const shared = shared_memory_of_blocks();
+  MemoryOfLaunch memory(arguments, argument_bytes, shared, shared_bytes);
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
   try {
     for (uint64_t i = 0; i < blocks; ++i) {
@@ -54,8 +65,8 @@ void run(const char* op, const void* kernel, dim3 grid, dim3 size, size_t shared
       const dim3 index(static_cast<unsigned>(place % grid.x), static_cast<unsigned>(place / grid.x % grid.y),
                        static_cast<unsigned>(place / grid.x / grid.y));
       memory.begin_block();
-      std::memset(shared.get(), 0xff, shared_bytes);
-      Block(index, size, grid, static_cast<uint32_t>(place + 1), shared.get(), shared_bytes).run(entry, arguments);
+      std::memset(shared, 0xff, shared_bytes);
+      Block(index, size, grid, static_cast<uint32_t>(place + 1), shared, shared_bytes).run(entry, arguments);
     }
   } catch (const std::runtime_error& error) {
     throw std::runtime_error(std::string(op) + ": the emulation found: " + error.what());
