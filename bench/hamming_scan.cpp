@@ -14,6 +14,7 @@ extern "C" __attribute__((visibility("default"))) void hamming_scan(const uint8_
     const Shares::Task task = shares.task(index);
     std::vector<int32_t> bounds(task.end - task.begin, 0);
     scan(hamming_loops(), Scan{from, task.begin, task.end, to, task.first, task.last, bounds.data()},
-         [](const Found& found) { asm volatile("" ::"r"(found.distances), "r"(found.near) : "memory"); });
+         [](const Found& found) { asm volatile("" ::"r"(found.distances), "r"(found.near)
+                                               : "memory"); });
   });
 }
