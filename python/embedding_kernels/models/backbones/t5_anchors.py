@@ -24,8 +24,8 @@ class AnchorDecoder:
     nothing is projected passage by passage (`anchor_attention`).
 
     Where no gradient is recorded, the products W_o W_v and what comes before the first cross-attention are kept from
-    call to call, and made again when a parameter was replaced, moved, cast or changed in place; a change through
-    ``parameter.data`` bypasses torch's version counters, and wants `forget`.
+    call to call, and made again when a parameter was replaced, moved, cast or changed in place; changes
+    through ``parameter.data`` and those of torch's fused optimizers bypass its version counters, and want `forget`.
 
     Args:
         decoder: the decoder `T5Stack` of a transformers T5.
