@@ -41,8 +41,8 @@ class FusedLinear:
     the weights in oneDNN's blocked layout, several modules as one matrix and the activation inside it: the one copy
     of parameters that is ever made, of the size of the weights. It is made again when a parameter was replaced,
     moved, cast or changed in place; changes through ``parameter.data`` and those of torch's fused optimizers bypass its
-    version counters, and want `forget`. Everywhere else, and with ``prepack=False``, which makes no copy, the modules themselves run; so they do
-    for many float32 rows of great width, where torch's own product is the faster one.
+    version counters, and want `forget`. Everywhere else, and with ``prepack=False``, which makes no copy, the modules
+    themselves run; so they do for many float32 rows of great width, where torch's own product is the faster one.
 
     oneDNN's fused residual ("binary") is not used: it builds its primitive anew at every call, 1 to 3 ms each.
     """
