@@ -99,8 +99,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       shared.weights[own - first][row] = exists ? given.scores[at] : 0.0f;
       shared.slopes[own - first][row] = exists ? given.slopes[at] : 0.0f;
       ptx::sync_block();
-      if (column >= a.dim) continue;
-      for (int h = 0; h < kHeadsAtOnce && first + h < a.heads; ++h) {
+      for (int h = 0; h < kHeadsAtOnce && first + h < a.heads && column < a.dim; ++h) {
         float query[N], slope[N];
         widen(load_part<kAligned>(a.queries.row(span.segment, view, first + h), column, a.dim), query);
         widen(load_part<kAligned>(grad.row(span.segment, view, first + h), column, a.dim), slope);

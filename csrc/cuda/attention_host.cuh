@@ -75,6 +75,7 @@ struct AttentionCall {
     check_attention(op, t, window_left, window_right, softcap, [&](Tensor& tensor) -> const int32_t* {
       tensor = torch::stable::contiguous(tensor);
       if (!values_are_checked()) return nullptr;
+      const DeviceGuard of_values(tensor.get_device_index());
       std::vector<int32_t>& values = copies.emplace_back(static_cast<size_t>(tensor.size(0)));
       copy_to_host(op, values.data(), pointer<int32_t>(tensor), values.size() * sizeof(int32_t),
                    current_stream(tensor));

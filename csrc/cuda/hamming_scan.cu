@@ -71,9 +71,10 @@ Scan plan_scan(const Tensor& codes, int64_t query_count) {
   s.codes = pointer<uint8_t>(codes);
   s.count = codes.size(0);
   s.width = codes.size(1);
-  s.stride = s.count > 1 ? codes.stride(0) : s.width;
-  const uint64_t address = reinterpret_cast<uint64_t>(s.codes), stride = s.count > 1 ? s.stride : 0;
-  s.access = (address | stride) % 16 == 0 ? 16 : (address | stride) % 4 == 0 ? 4 : 1;
+  // the rows that a single code does not have are copied from aligned addresses too, though not a byte of them
+  s.stride = s.count > 1 ? codes.stride(0) : 0;
+  const uint64_t bits = reinterpret_cast<uint64_t>(s.codes) | static_cast<uint64_t>(s.stride);
+  s.access = bits % 16 == 0 ? 16 : bits % 4 == 0 ? 4 : 1;
   s.query_count = query_count;
   s.bins = 8 * s.width + 1;
   s.row_bytes = s.width <= 32 ? 32 : s.width <= 64 ? 64 : 128;

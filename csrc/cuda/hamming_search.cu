@@ -137,9 +137,10 @@ __global__ void offset_kernel(const int64_t* __restrict__ totals, int64_t count,
   }
 }
 
-// The first closer[query] codes of a list that ascends by index, to the places of their distances, which are consumed.
+// The first closer[query] codes of a list that ascends by index, to the places of their distances, which are consumed
+// (lanes tell each other by them, so they are not __restrict__).
 __global__ void order_kernel(const int32_t* __restrict__ list_distances, const int64_t* __restrict__ list_indices,
-                             int64_t list_pitch, const int64_t* __restrict__ closer, int64_t* __restrict__ next_places,
+                             int64_t list_pitch, const int64_t* __restrict__ closer, int64_t* next_places,
                              int64_t count, int64_t bins, int64_t k, int32_t* __restrict__ out_distances,
                              int64_t* __restrict__ out_indices) {
   const int lane = threadIdx.x % kWarp;

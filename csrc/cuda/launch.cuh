@@ -70,10 +70,12 @@ inline int multiprocessors(const Tensor& tensor) {
 }
 
 inline void copy_to_host(const char* op, void* to, const void* from, size_t bytes, cudaStream_t stream) {
+  if (bytes == 0) return;
   raise_on_error(op, "copy to the host failed", cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream));
   raise_on_error(op, "copy to the host failed", cudaStreamSynchronize(stream));
 }
 inline void fill_zero(const char* op, void* to, size_t bytes, cudaStream_t stream) {
+  if (bytes == 0) return;
   raise_on_error(op, "filling memory failed", cudaMemsetAsync(to, 0, bytes, stream));
 }
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 
 _HERE = Path(__file__).parent
+#: of a block on sm_80: what the CUDA library's kernels may take, and the emulation that proves them allows
+_SHARED_MEMORY = 163 * 1024
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,10 @@ def _cuda_refusal() -> str | None:
         if not any(arch // 10 == major and arch % 10 <= minor for arch in built):
             names = ", ".join(f"sm_{arch}" for arch in built) or "nothing"
             return f"GPU {index} is sm_{major}{minor} and the library holds code for {names}"
+        # sm_86 and sm_89 run code of sm_80, but give a block 99 KiB
+        shared = torch.cuda.get_device_properties(index).shared_memory_per_block_optin
+        if shared < _SHARED_MEMORY:
+            return f"GPU {index} gives a block {shared} bytes of shared memory and kernels take up to {_SHARED_MEMORY}"
     return None
 
 

@@ -88,7 +88,7 @@ void copy_async(Context& c, const Statement& s) {
   if (read > size) fail("an asynchronous copy reads more than it writes", {c.site});
   const uintptr_t to = address_of<kShared>(c, s.argument(0)), from = address_of<kGlobal>(c, s.argument(1));
   require_multiple(c, to, size);
-  if (read != 0) require_multiple(c, from, size);
+  require_multiple(c, from, size);  // of a copy that reads nothing too
   const uint32_t group = c.thread.clock.copies_closed + 1;
   if (read != 0) access_by_copy(c.thread, from, read, Access::kRead, group, c.site);
   access_by_copy(c.thread, to, size, Access::kWrite, group, c.site);
