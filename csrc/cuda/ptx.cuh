@@ -252,8 +252,8 @@ __device__ inline uint32_t add_shared(uint32_t to, uint32_t value) {
 
 // ---- asynchronous copies from global to shared memory ----
 
-// 16 bytes past the first cache, of which `bytes` are read and the rest are zeros: at 0 `from` need not be readable, but
-// be a multiple of 16 all the same.
+// 16 bytes past the first cache, of which `bytes` are read and the rest are zeros. At 0 `from` need not be readable,
+// but be a multiple of 16 all the same.
 __device__ inline void copy16_async(uint32_t to, const void* from, uint32_t bytes = 16) {
   EK_PTX("cp.async.cg.shared.global [%0], [%1], 16, %2;", (), (EK_IN_U32(to), EK_IN_POINTER(from), EK_IN_U32(bytes)));
 }
