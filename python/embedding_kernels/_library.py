@@ -66,7 +66,8 @@ def _cuda_refusal() -> str | None:
             names = ", ".join(f"sm_{arch}" for arch in built) or "nothing"
             return f"GPU {index} is sm_{major}{minor} and the library holds code for {names}"
         # sm_86 and sm_89 run code of sm_80, but give a block 99 KiB
-        shared = torch.cuda.get_device_properties(index).shared_memory_per_block_optin
+        properties = torch.cuda.get_device_properties(index)
+        shared = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
         if shared < _SHARED_MEMORY:
             return f"GPU {index} gives a block {shared} bytes of shared memory and kernels take up to {_SHARED_MEMORY}"
     return None

@@ -28,7 +28,7 @@ def test_gpus(monkeypatch, capability, shared, reason):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
-    properties = SimpleNamespace(shared_memory_per_block_optin=shared)
+    properties = SimpleNamespace(shared_memory_per_block=48 * KIB, shared_memory_per_block_optin=shared)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     monkeypatch.setattr(_library, "built_cuda_architectures", lambda: (80, 90))
     assert _library._cuda_refusal() == reason
