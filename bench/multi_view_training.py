@@ -139,6 +139,18 @@ def _kept(directory: Path | None) -> Iterator[Path]:
         yield Path(temporary)
 
 
+def _refuse(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """What would fail after minutes of work is said at once."""
+    for name, least in (("lists", 1), ("plain_lists", 0), ("queries", 1), ("threads", 1)):
+        if getattr(arguments, name) < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(arguments, name)}")
+    try:
+        for folder in filter(None, (arguments.directory, arguments.output)):
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"{folder} must be a directory that can be written, got {error.strerror}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--directory", type=Path, help="where checkpoints and models stay; a run there is resumed")
@@ -149,6 +161,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, default=_RETRIEVAL)
     arguments = parser.parse_args()
+    _refuse(parser, arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # every step has other shapes: 1,024 of oneDNN's primitives, its default, are gigabytes
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
