@@ -42,10 +42,10 @@ inline void raise_on_error(const char* op, const char* what, cudaError_t error) 
   if (error != cudaSuccess) throw std::runtime_error(std::string(op) + ": " + what + ": " + cudaGetErrorString(error));
 }
 
-// Blocks take what they share from one struct in dynamic shared memory, aligned to 128 bytes.
+// Blocks take what they share from one struct in dynamic shared memory, aligned to 1024 bytes.
 template <class Shared>
 __device__ inline Shared& shared_memory() {
-  extern __shared__ __align__(128) unsigned char embedding_kernels_shared[];
+  extern __shared__ __align__(1024) unsigned char embedding_kernels_shared[];
   return *reinterpret_cast<Shared*>(embedding_kernels_shared);
 }
 
@@ -68,6 +68,21 @@ inline int multiprocessors(const Tensor& tensor) {
                  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, tensor.get_device_index()));
   return count;
 }
+
+// Whether the device has what is compiled for sm_90a, and such code is in the library.
+inline bool is_hopper(const Tensor& tensor) {
+#if defined(EMBEDDING_KERNELS_HOPPER)
+  int major = 0;
+  raise_on_error("embedding_kernels", "the device was not read",
+                 cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, tensor.get_device_index()));
+  return major == 9;
+#else
+  (void)tensor;
+  return false;
+#endif
+}
+// Shortest longest sequence for which tiles of 64 rows pay.
+constexpr int64_t kLongForHopper = 129;
 
 inline void copy_to_host(const char* op, void* to, const void* from, size_t bytes, cudaStream_t stream) {
   if (bytes == 0) return;
@@ -95,11 +110,13 @@ using DeviceGuard = emulation::DeviceGuard;
 using emulation::copy_to_host;
 using emulation::current_stream;
 using emulation::fill_zero;
+using emulation::is_hopper;
 using emulation::launch;
 using emulation::multiprocessors;
 using emulation::mutable_pointer;
 using emulation::pointer;
 using emulation::shared_memory;
+constexpr int64_t kLongForHopper = 0;  // small shapes are to reach these kernels too
 
 #endif
 

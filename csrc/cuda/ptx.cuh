@@ -18,6 +18,7 @@
 #define EK_CHANGE_F32(x) "+f"(x)
 #define EK_IN_U16(x) "h"(x)
 #define EK_IN_U32(x) "r"(x)
+#define EK_IN_I32(x) "r"(x)
 #define EK_IN_U64(x) "l"(x)
 #define EK_IN_F32(x) "f"(x)
 #define EK_IN_POINTER(x) "l"(x)

@@ -1,0 +1,27 @@
+// Which calls of varlen_attention and of its gradient go to the kernels for Hopper, and those kernels' host side.
+#pragma once
+
+#include "attention_host.cuh"
+
+namespace embedding_kernels::cuda {
+
+// Tiles of 64 rows and more, whole panels of columns: long sequences, common head dims (ops/cuda_table.py has the same).
+inline bool goes_to_hopper(const AttentionCall& call) {
+  const AttentionTensors& t = call.tensors;
+  const int64_t dim = t.q.size(2);
+  const bool known = dim == 64 || dim == 96 || dim == 128 || dim == 256;
+  const bool is_long = t.max_seqlen_q >= kLongForHopper && t.q.size(0) >= kLongForHopper / 2 * call.rule.sequences;
+  return known && t.v.size(2) == dim && is_long && is_hopper(t.q);
+}
+
+void attend_on_hopper(const AttentionCall& call, Tensor& out, Tensor& lse);
+
+// The gradients of rotated q and k and of v, as sum_gradients in attention_backward.cu; `shares` as there.
+struct AttentionGradients {
+  Tensor q, k, v;  // of q and k as float32 where they have to be turned back
+};
+void sum_gradients_on_hopper(const AttentionCall& call, const Tensor& q, const Tensor& k, const Tensor& v,
+                             const Tensor& grad_out, const Tensor& lse, const Tensor& shares,
+                             AttentionGradients& gradients);
+
+}  // namespace embedding_kernels::cuda

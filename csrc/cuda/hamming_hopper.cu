@@ -1,0 +1,4 @@
+// Hopper.
+#include "launch.cuh"
+
+namespace embedding_kernels::cuda {}

@@ -1,0 +1,50 @@
+// What Hopper's kernels share: tiles as products of warpgroups read them, and rings of tiles between the warp that has
+// them copied and the warpgroups that multiply them.
+//
+// A tile is one or more panels: rows of 128 bytes, 64 values of 16 bits or 1024 bits, swizzled as in TensorShape, from
+// a multiple of 1024 bytes on.
+#pragma once
+
+#include "ptx_hopper.cuh"
+
+namespace embedding_kernels::cuda {
+
+constexpr int kWarpgroup = 128;
+constexpr int kPanelRow = 128;  // bytes
+constexpr int kPanelValues = 64;
+
+// A matrix of a product in shared memory, its rows along the sum: 16 values, or 256 bits, from `address` on. The next
+// step of the sum is 32 bytes on, within a panel.
+__device__ inline uint64_t along_rows(uint32_t address) {
+  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
+  return kSwizzle128 | uint64_t{8 * kPanelRow / 16} << 32 | uint64_t{1} << 16 | (address & 0x3ffff) >> 4;
+}
+// Its columns along the sum: 16 rows from `address` on, 64 columns a panel, the panels `panel_bytes` apart.
+__device__ inline uint64_t along_columns(uint32_t address, uint32_t panel_bytes) {
+  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
+  return kSwizzle128 | uint64_t{8 * kPanelRow / 16} << 32 | uint64_t{panel_bytes >> 4} << 16 | (address & 0x3ffff) >> 4;
+}
+
+// Where a panel has piece `piece` (16 bytes) of row `row`.
+__device__ inline uint32_t panel_offset(int row, int piece) {
+  return static_cast<uint32_t>(row * kPanelRow + ((piece ^ (row & 7)) << 4));
+}
+
+__device__ inline void wait_at(uint32_t barrier, uint32_t parity) {
+  while (!ptx::has_passed(barrier, parity)) {
+  }
+}
+
+// Where a thread stands in a ring of stages.
+template <int kStages>
+struct RingPlace {
+  int stage = 0;
+  uint32_t parity = 0;  // of the phase that makes a stage full; a stage is free past the other one
+  __device__ void advance() {
+    if (++stage < kStages) return;
+    stage = 0;
+    parity ^= 1;
+  }
+};
+
+}  // namespace embedding_kernels::cuda
