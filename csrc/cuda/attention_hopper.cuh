@@ -5,12 +5,12 @@
 
 namespace embedding_kernels::cuda {
 
-// Tiles of 64 rows and more: long sequences (ops/cuda_table.py has the same). Any dims that the operator takes: they are
-// padded to 64, 96, 128 or 256 columns, which the copy engine fills with zeros and clips.
+// Tiles of 64 rows and more: long sequences (ops/cuda_table.py has the same). Any dims that the operator takes: they
+// are padded to 64, 96, 128 or 256 columns, which the copy engine fills with zeros and clips.
 inline bool goes_to_hopper(const AttentionCall& call) {
   const AttentionTensors& t = call.tensors;
-  const bool is_long = t.max_seqlen_q >= kLongForHopper && t.q.size(0) >= kLongForHopper / 2 * call.rule.sequences;
-  return is_long && is_hopper(t.q);
+  const int64_t least = long_for_hopper();
+  return t.max_seqlen_q >= least && t.q.size(0) >= least / 2 * call.rule.sequences && is_hopper(t.q);
 }
 
 void attend_on_hopper(const AttentionCall& call, Tensor& out, Tensor& lse);

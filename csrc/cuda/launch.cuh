@@ -69,20 +69,26 @@ inline int multiprocessors(const Tensor& tensor) {
   return count;
 }
 
+// EMBEDDING_KERNELS_HOPPER: "none" and "all" of the calls that Hopper's own kernels can serve; else those that they
+// serve better.
+inline bool hopper_is_asked(const char* answer) {
+  const char* const asked = std::getenv("EMBEDDING_KERNELS_HOPPER");
+  return asked != nullptr && std::strcmp(asked, answer) == 0;
+}
 // Whether the device has what is compiled for sm_90a, and such code is in the library.
 inline bool is_hopper(const Tensor& tensor) {
 #if defined(EMBEDDING_KERNELS_HOPPER)
   int major = 0;
   raise_on_error("embedding_kernels", "the device was not read",
                  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, tensor.get_device_index()));
-  return major == 9;
+  return major == 9 && !hopper_is_asked("none");
 #else
   (void)tensor;
   return false;
 #endif
 }
-// Shortest longest sequence for which tiles of 64 rows pay.
-constexpr int64_t kLongForHopper = 129;
+// The least longest sequence for which tiles of 64 rows pay.
+inline int64_t long_for_hopper() { return hopper_is_asked("all") ? 0 : 129; }
 
 inline void copy_to_host(const char* op, void* to, const void* from, size_t bytes, cudaStream_t stream) {
   if (bytes == 0) return;
@@ -116,7 +122,7 @@ using emulation::multiprocessors;
 using emulation::mutable_pointer;
 using emulation::pointer;
 using emulation::shared_memory;
-constexpr int64_t kLongForHopper = 0;  // small shapes are to reach these kernels too
+inline int64_t long_for_hopper() { return 0; }  // small shapes are to reach these kernels too
 
 #endif
 
