@@ -14,7 +14,7 @@ from typing import Any
 
 from gpu_run import CUDA_BIN, NEEDS, PEERS, ROOT, Finished, Outcome, Part, Run, device_of_torch, mend, missing, program
 
-BACKENDS = ("reference", "cpu", "triton", "cuda")
+BACKENDS = ("reference", "cpu", "triton", "cuda", "cuda_hopper")
 #: of no use on a GPU: they build the package, try this command, or emulate
 LEFT_OUT = ("tests/build/test_install.py", "tests/build/test_gpu_command.py", "tests/cuda_host/")
 #: a family's share of the time that is left for benchmarks

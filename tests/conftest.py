@@ -1,6 +1,7 @@
 """What every test runs under: which backends, poisoned memory, the interpreter where there is no GPU.
 
-Backend "cuda_host" is the CUDA library in the host emulation (tests/cuda_host), which needs no GPU.
+Backend "cuda_host" is the CUDA library in the host emulation (tests/cuda_host), which needs no GPU. "cuda_host_hopper"
+and "cuda_hopper" send all that they can serve to the kernels for Hopper, where a family has any.
 """
 
 from __future__ import annotations
@@ -18,14 +19,23 @@ if not HAS_GPU:
 from cuda_host import backend as cuda_host  # noqa: E402
 from embedding_kernels.ops._registry import has_cuda_kernel  # noqa: E402
 
-BACKENDS = ("reference", "cpu", "triton", "cuda_host", "cuda")
+BACKENDS = ("reference", "cpu", "triton", "cuda_host", "cuda_host_hopper", "cuda", "cuda_hopper")
+FAMILIES_WITH_HOPPER = ("attention", "hamming")
+
+
+class OnHopper(str):
+    """Backend "cuda_host" or "cuda" to the tests, with Hopper's kernels."""
+
+    __slots__ = ()
 
 
 def _why_not(backend: str) -> str | None:
     """Why a backend cannot be tested here, or None."""
-    if backend == "cuda" and not HAS_GPU:
+    if backend.startswith("cuda") and not backend.startswith("cuda_host") and not HAS_GPU:
         return "no GPU"
-    if backend == "cuda_host":
+    if backend == "cuda_hopper" and torch.cuda.get_device_capability()[0] != 9:
+        return "no Hopper GPU"
+    if backend.startswith("cuda_host"):
         return cuda_host.why_not()
     if backend == "triton":
         try:
@@ -49,8 +59,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     chosen = metafunc.config.getoption("--backend") or BACKENDS
     rows = []
     for backend in chosen:
+        hopper = backend.endswith("_hopper")
+        if hopper and metafunc.definition.path.parent.name not in FAMILIES_WITH_HOPPER:
+            continue
         reason = _why_not(backend)
-        rows.append(pytest.param(backend, marks=[pytest.mark.skip(reason=reason)] if reason else []))
+        marks = [pytest.mark.skip(reason=reason)] if reason else []
+        rows.append(
+            pytest.param(OnHopper(backend.removesuffix("_hopper")) if hopper else backend, id=backend, marks=marks)
+        )
     metafunc.parametrize("backend", rows)
 
 
@@ -67,9 +83,17 @@ def _poisoned_memory():
 
 
 @pytest.fixture(autouse=True)
-def _emulated(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
-    if "backend" in request.fixturenames and request.getfixturevalue("backend") == "cuda_host":
-        cuda_host.install(monkeypatch)
+def _cuda_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    backend = request.getfixturevalue("backend") if "backend" in request.fixturenames else None
+    if isinstance(backend, OnHopper):
+        monkeypatch.setenv("EMBEDDING_KERNELS_HOPPER", "all")
+    if backend != "cuda_host":
+        yield
+        return
+    cuda_host.install(monkeypatch)
+    cuda_host.set_options(architecture=90 if isinstance(backend, OnHopper) else 80)
+    yield
+    cuda_host.set_options()
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ Section = tuple[str, list[tuple[str, str]]]
 _VARIABLES = {
     "EMBEDDING_KERNELS_ISA": "portable, avx2, avx512 or amx for the CPU kernels; read once at load",
     "EMBEDDING_KERNELS_BACKEND": "reference, cpu, triton or cuda for every public function",
+    "EMBEDDING_KERNELS_HOPPER": "none or all that the kernels for Hopper can serve goes there; else long sequences",
     "EMBEDDING_KERNELS_CHECK": "1: values of offsets and masks are checked on CUDA too, at the cost of a sync",
 }
 _PACKAGES = ("torch", "triton", "numpy", "transformers", "sentence-transformers", "faiss-cpu", "safetensors")
@@ -72,7 +73,8 @@ def _cuda_state(name: str, cpu_only: bool, has_kernel: bool, triton: str) -> str
         return "refused (the operator has no GPU kernel)"
     if not has_kernel:
         return triton
-    return "CUDA C++" + "".join(f" ({row}; else {triton})" for row in TABLE.get(name, ()))
+    rows = "; ".join(map(str, TABLE.get(name, ())))
+    return "CUDA C++" + (f" ({rows}; else {triton})" if rows else "")
 
 
 def _operator_rows() -> list[tuple[str, str]]:

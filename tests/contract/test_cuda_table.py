@@ -36,16 +36,22 @@ def test_every_operator_has_a_kernel(name):
         assert cuda_host.has_kernel(registered), f"csrc/ops.cpp registers no CUDA kernel of {registered}"
 
 
+@pytest.fixture(params=(80, 90))
+def architecture(request):
+    cuda_host.set_options(architecture=request.param)
+    yield request.param
+    cuda_host.set_options()
+
+
 @pytest.mark.parametrize("dtype", EVERY_DTYPE)
 @pytest.mark.parametrize("op", cuda_table.TABLE)
-def test_rows_hold_what_the_kernels_take(op, dtype):
+def test_rows_hold_what_the_kernels_take(op, dtype, architecture):
     """Inside a row the kernel of its name runs; outside, the C++ code refuses."""
-    cuda_host.library()
     run = getattr(getattr(torch.ops, cuda_host.NAMESPACE), op)
     for width in WIDTHS:
         for value_width in {width, 64}:
             args = calls(op, dtype, width, value_width)
-            row = cuda_table.row_for(op, OPERATORS[op].argument_names, args)
+            row = cuda_table.row_for(op, OPERATORS[op].argument_names, args, architecture, longest=0)
             cuda_host.launched()
             if row is None:
                 with pytest.raises(ValueError, match="bfloat16 or float16 tensor in the CUDA"):
@@ -55,6 +61,27 @@ def test_rows_hold_what_the_kernels_take(op, dtype):
                 run(*args)
                 names = [line.split()[-1] for line in cuda_host.launched()]
                 assert any(name.startswith(row.kernel) for name in names), (names, row)
+                assert row.only == any("hopper" in name for name in names), (names, row)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "architecture", "kernel"),
+    [
+        ((128, 128), 90, "attention_kernel"),
+        ((129, 65), 90, "attention_hopper_kernel"),
+        ((129, 1, 1, 1), 90, "attention_kernel"),
+        ((400, 300), 80, "attention_kernel"),
+        ((400, 300), 86, "attention_kernel"),
+        ((400, 300), 100, "attention_kernel"),
+    ],
+)
+def test_long_sequences_go_to_hopper_kernels(lengths, architecture, kernel):
+    q = torch.empty(sum(lengths), 2, 64, dtype=torch.bfloat16)
+    offsets = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    args = (q, q, q, offsets, offsets, max(lengths), max(lengths))
+    row = cuda_table.row_for("varlen_attention", OPERATORS["varlen_attention"].argument_names, args, architecture)
+    assert row is not None
+    assert row.kernel == kernel
 
 
 def test_both_sides_of_the_table_are_tried():
