@@ -78,7 +78,7 @@ __device__ inline int32_t last_reached(int32_t count, int lane, const Reached& r
   return low;
 }
 
-// The rows of a warp's slot, all of one sequence, and what they may pair with on the other side.
+// The rows of a slot, all of one sequence, and what they may pair with on the other side.
 struct OwnRows {
   int32_t sequence;
   int32_t first, count;           // rows
@@ -104,9 +104,39 @@ __device__ inline int32_t position_of(const AttentionSide& side, int32_t start, 
   return side.positions == nullptr ? row - start : larger(side.positions[row], 0);
 }
 
+// The positions of the rows and what of the other side these may pair with; a whole warp comes.
+template <int kRows, bool kOwnKeys>
+__device__ inline void find_partners(const AttentionRule& rule, int lane, OwnRows& own) {
+  const AttentionSide& side = kOwnKeys ? rule.keys : rule.queries;
+  const AttentionSide& other = kOwnKeys ? rule.queries : rule.keys;
+  own.lowest = own.highest = 0;
+  own.walk_first = own.walk_last = own.other_start;
+  if (own.known == 0) return;  // the whole warp
+  if (side.positions == nullptr) {
+    own.lowest = own.first - own.start;
+    own.highest = own.lowest + own.known - 1;
+  } else {
+    int32_t lowest = kNoLimit, highest = 0;
+#pragma unroll
+    for (int row = 0; row < kRows; row += kWarp) {
+      const int32_t at = position_of(side, own.start, own.first + smaller(row + lane, own.known - 1));
+      lowest = smaller(lowest, at), highest = larger(highest, at);
+    }
+    own.lowest = static_cast<int32_t>(ptx::warp_min(static_cast<uint32_t>(lowest)));
+    own.highest = static_cast<int32_t>(~ptx::warp_min(~static_cast<uint32_t>(highest)));
+  }
+  own.walk_last = own.other_end;
+  if (other.positions == nullptr) {
+    const Window window = window_of<kOwnKeys>(rule);
+    const int64_t length = own.other_end - own.other_start;
+    own.walk_first += static_cast<int32_t>(clamped(static_cast<int64_t>(own.lowest) - window.before, 0, length));
+    own.walk_last = own.other_start +
+                    static_cast<int32_t>(clamped(static_cast<int64_t>(own.highest) + window.after + 1, 0, length));
+  }
+}
+
 template <int kRows, bool kOwnKeys>
 __device__ inline OwnRows own_rows(const AttentionRule& rule, int32_t slot, int lane) {
-  static_assert(kRows <= kWarp);
   const AttentionSide& side = kOwnKeys ? rule.keys : rule.queries;
   const AttentionSide& other = kOwnKeys ? rule.queries : rule.keys;
   OwnRows own;
@@ -128,25 +158,7 @@ __device__ inline OwnRows own_rows(const AttentionRule& rule, int32_t slot, int 
       own.other_end = own.other_start + smaller(own.other_end - own.other_start, used);
     }
   }
-  own.lowest = own.highest = 0;
-  own.walk_first = own.walk_last = own.other_start;
-  if (own.known == 0) return own;  // the whole warp
-  if (side.positions == nullptr) {
-    own.lowest = own.first - own.start;
-    own.highest = own.lowest + own.known - 1;
-  } else {
-    const int32_t at = position_of(side, own.start, own.first + smaller(lane, own.known - 1));
-    own.lowest = static_cast<int32_t>(ptx::warp_min(static_cast<uint32_t>(at)));
-    own.highest = static_cast<int32_t>(~ptx::warp_min(~static_cast<uint32_t>(at)));
-  }
-  own.walk_last = own.other_end;
-  if (other.positions == nullptr) {
-    const Window window = window_of<kOwnKeys>(rule);
-    const int64_t length = own.other_end - own.other_start;
-    own.walk_first += static_cast<int32_t>(clamped(static_cast<int64_t>(own.lowest) - window.before, 0, length));
-    own.walk_last = own.other_start +
-                    static_cast<int32_t>(clamped(static_cast<int64_t>(own.highest) + window.after + 1, 0, length));
-  }
+  find_partners<kRows, kOwnKeys>(rule, lane, own);
   return own;
 }
 
