@@ -15,6 +15,7 @@
 // each key, 128 operations a byte. Of short texts only the bytes count: q, k, v and out once.
 #include "../kernels.h"
 #include "attention_host.cuh"
+#include "attention_softmax.cuh"
 
 namespace embedding_kernels::cuda {
 namespace {
@@ -102,14 +103,6 @@ struct QueryRows {
   uint32_t held[Shape::kTiles][Shape::kHoldsQueries ? Shape::D / 16 : 1][4];
 };
 
-// What it has gathered for them. Row r of the lane is l / 4 + 8 r.
-template <int D, int kTiles>
-struct Gathered {
-  float mixed[kTiles][D / 8][4];
-  float level[2 * kTiles];  // highest score so far, in base 2
-  float sums[2 * kTiles];   // of this lane's columns
-};
-
 // Turns the queries, which have arrived, and takes what of them stays in registers.
 template <class T, class Shape>
 __device__ inline void take_queries(const ForwardArguments<T>& a, T* tile, QueryRows<Shape>& rows, int lane) {
@@ -165,67 +158,22 @@ __device__ inline void multiply_queries(const ForwardArguments<T>& a, QueryRows<
   }
 }
 
-// Scores of pairs that there are not.
-template <class Shape, int kColumns>
-__device__ inline void hide(const QueryRows<Shape>& rows, const Columns& columns,
-                            float (&scores)[Shape::kTiles][kColumns][4]) {
-#pragma unroll
-  for (int m = 0; m < Shape::kTiles; ++m) {
-#pragma unroll
-    for (int n = 0; n < kColumns; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (!pairs(columns, n, i % 2, rows.at[2 * m + i / 2], rows.window)) scores[m][n][i] = -INFINITY;
-      }
-    }
-  }
-}
-
 // Weights of one step of keys: replaces the scores, and scales what was gathered to their level.
 template <int D, int kTiles, int kColumns>
 __device__ inline void weigh(float factor, float (&scores)[kTiles][kColumns][4], Gathered<D, kTiles>& gathered) {
   float level[2 * kTiles];
-  bool higher = false;
-#pragma unroll
-  for (int r = 0; r < 2 * kTiles; ++r) {
-    float most = -INFINITY;
-#pragma unroll
-    for (int n = 0; n < kColumns; ++n) {
-      most = fmaxf(most, fmaxf(scores[r / 2][n][r % 2 * 2], scores[r / 2][n][r % 2 * 2 + 1]));
-    }
-    most = fmaxf(most, ptx::shuffle_xor(most, 1));
-    most = fmaxf(most, ptx::shuffle_xor(most, 2));
-    level[r] = fmaxf(gathered.level[r], most * factor);
-    higher = higher || level[r] > gathered.level[r];
-  }
+  const bool higher = raise_levels<kTiles, kColumns>(factor, scores, gathered.level, level);
   // mostly the highest is among the first keys
   if (ptx::vote_ballot(higher) != 0) {
 #pragma unroll
     for (int r = 0; r < 2 * kTiles; ++r) {
-      // a row that has seen nothing yet must not compute −inf − −inf
-      const float decay = level[r] == -INFINITY ? 1.0f : ptx::exp2_near(gathered.level[r] - level[r]);
+      const float decay = decay_of(gathered.level[r], level[r]);
       gathered.level[r] = level[r];
       gathered.sums[r] *= decay;
-#pragma unroll
-      for (int n = 0; n < D / 8; ++n) {
-        gathered.mixed[r / 2][n][r % 2 * 2] *= decay;
-        gathered.mixed[r / 2][n][r % 2 * 2 + 1] *= decay;
-      }
+      scale_row<kTiles, D / 8>(r, decay, gathered.mixed);
     }
   }
-#pragma unroll
-  for (int r = 0; r < 2 * kTiles; ++r) {
-    const float zero = level[r] == -INFINITY ? 0.0f : -level[r];
-#pragma unroll
-    for (int n = 0; n < kColumns; ++n) {
-#pragma unroll
-      for (int i = r % 2 * 2; i < r % 2 * 2 + 2; ++i) {
-        const float weight = ptx::exp2_near(ptx::fused_multiply_add(scores[r / 2][n][i], factor, zero));
-        scores[r / 2][n][i] = weight;
-        gathered.sums[r] += weight;
-      }
-    }
-  }
+  form_weights<kTiles, kColumns>(factor, level, scores, gathered.sums);
 }
 
 // Adds the values of a step of keys by their weights.
@@ -274,8 +222,7 @@ __device__ inline void write_rows(const ForwardArguments<T>& a, T* tile, const O
       *to = sum == 0 ? 0u : pack_pair<T>(low * share, high * share);
     }
     if (lane % 4 == 0 && row < own.count) {
-      a.lse[head * a.rule.queries.total + own.first + row] =
-          sum == 0 ? -INFINITY : ptx::fused_multiply_add(gathered.level[r], kLn2, logf(sum));
+      a.lse[head * a.rule.queries.total + own.first + row] = lse_of(gathered.level[r], sum);
     }
   }
   ptx::sync_warp();
@@ -342,7 +289,8 @@ __global__ void __launch_bounds__(kAttentionThreads, Shape::kBlocks) attention_k
       const Columns columns =
           columns_of(positions ? shared.positions[stage] + chunk * kChunk : nullptr, coordinate, valid, lane);
       if (formed) form_scores<false, false, kTiles, kColumns>(a.rule, table, columns, rows.at, scores, scores);
-      if (!all_pair<kChunk>(own, rows.window, positions, coordinate, valid)) hide(rows, columns, scores);
+      if (!all_pair<kChunk>(own, rows.window, positions, coordinate, valid))
+        hide(rows.at, rows.window, columns, scores);
       weigh<D, kTiles, kColumns>(formed ? 1.0f : a.rule.factor, scores, gathered);
       add_values<T, D, kTiles, kColumns>(ptx::shared_address(shared.values[stage]) + offset, a.values.dim, lane, scores,
                                          gathered);
