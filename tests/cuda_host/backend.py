@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import platform
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -45,10 +47,21 @@ def launched() -> list[str]:
     return library().embedding_kernels_emulation_launched().decode().splitlines()
 
 
-def set_options(order: int = 0, seed: int = 0, latest: bool = False) -> None:
+def set_options(order: int = 0, seed: int = 0, latest: bool = False, architecture: int = 80) -> None:
     """How threads take turns: 0 forward, 1 reverse, 2 random, 3 one warp as far as it goes; `latest`: asynchronous
-    copies land as late as they may."""
+    copies land and products are made as late as they may; `architecture`: the compute capability, 80 or 90."""
     library().embedding_kernels_emulation_options(order, ctypes.c_uint64(seed), int(latest))
+    library().embedding_kernels_emulation_architecture(architecture)
+
+
+@contextmanager
+def architecture(chosen: int) -> Iterator[None]:
+    """Operators run as on this compute capability, 80 or 90."""
+    library().embedding_kernels_emulation_architecture(chosen)
+    try:
+        yield
+    finally:
+        library().embedding_kernels_emulation_architecture(80)
 
 
 def _run(op: _registry.Operator, *args: Any) -> Any:

@@ -22,6 +22,7 @@ struct Options {
   uint64_t seed = 0;
   // asynchronous copies land at the latest legal moment, not at once
   bool latest = false;
+  int architecture = 80;
 };
 Options& options();
 

@@ -42,6 +42,12 @@ void* shared_bytes(size_t bytes);
 // Memory that kernels may touch until the outermost operator ends; parts may overlap.
 void note_buffer(const void* data, size_t bytes);
 
+// The compute capability that is played, 80 or 90: how much shared memory there is, which kernels are chosen.
+int architecture();
+// Writes a map for copies of boxes; throws std::runtime_error for what the driver would refuse.
+void encode_tensor_map(const char* op, void* map, const void* data, int element_bytes, int rank, const uint64_t* sizes,
+                       const uint64_t* strides, const uint32_t* box, bool swizzled);
+
 // Runs a grid, block after block; throws std::runtime_error with what the emulation found.
 void run(const char* op, const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, void (*entry)(const void*),
          const void* arguments, size_t argument_bytes);
@@ -88,8 +94,12 @@ inline Operand in_f32(float value) { return {nullptr, __builtin_bit_cast(uint32_
 #define EK_CHANGE_F32(x) (::emulation::Operand{&(x), __builtin_bit_cast(uint32_t, x), ::emulation::Operand::kU32})
 #define EK_IN_U16(x) (::emulation::Operand{nullptr, (x), ::emulation::Operand::kU16})
 #define EK_IN_U32(x) (::emulation::in_u32(x))
+#define EK_IN_I32(x) (::emulation::in_u32(static_cast<uint32_t>(x)))
 #define EK_IN_U64(x) (::emulation::Operand{nullptr, (x), ::emulation::Operand::kU64})
 #define EK_IN_F32(x) (::emulation::in_f32(x))
+#define EK_SUM_F32(x) (::emulation::Operand{&(x), 0, ::emulation::Operand::kU32})
+#define EK_SUM_U32 EK_SUM_F32
+#define EK_HELD_U32(x) (::emulation::Operand{const_cast<uint32_t*>(&(x)), 0, ::emulation::Operand::kU32})
 #define EK_IN_POINTER(x) (::emulation::Operand{nullptr, reinterpret_cast<uint64_t>(x), ::emulation::Operand::kU64})
 #define EK_IN_CONSTANT(x) (::emulation::Operand{nullptr, static_cast<uint64_t>(x), ::emulation::Operand::kU64})
 
@@ -113,6 +123,7 @@ using torch::stable::Tensor;
 inline cudaStream_t current_stream(const Tensor&) { return nullptr; }
 // few, so that loops over a grid take more than one turn
 inline int multiprocessors(const Tensor&) { return 3; }
+inline bool is_hopper(const Tensor&) { return architecture() == 90; }
 
 inline void note_tensor(const Tensor& tensor) {
   if (tensor.numel() == 0) return;

@@ -16,9 +16,11 @@ void forget_buffers();
 
 namespace {
 
-constexpr size_t kMostShared = 163 * 1024;  // of a block on sm_80
-int operators = 0;                          // that are running, one inside another
+int operators = 0;  // that are running, one inside another
 std::set<std::string> launched;
+
+constexpr size_t kMostShared = 227 * 1024;
+size_t most_shared() { return architecture() == 90 ? kMostShared : 163 * 1024; }
 
 // Pages of its own: memory from the heap could lie where a tensor was that has been freed since it was noted.
 unsigned char* shared_memory_of_blocks() {
@@ -41,6 +43,8 @@ DeviceGuard::DeviceGuard(int) {
 }
 DeviceGuard::~DeviceGuard() { --operators; }
 
+int architecture() { return options().architecture; }
+
 void copy_to_host(const char*, void* to, const void* from, size_t bytes, cudaStream_t) { std::memcpy(to, from, bytes); }
 void fill_zero(const char*, void* to, size_t bytes, cudaStream_t) { std::memset(to, 0, bytes); }
 
@@ -54,7 +58,7 @@ void run(const char* op, const void* kernel, dim3 grid, dim3 size, size_t shared
     refuse(op, "a grid of " + std::to_string(grid.x) + " by " + std::to_string(grid.y) + " by " +
                    std::to_string(grid.z) + " blocks");
   }
-  if (shared_bytes > kMostShared) refuse(op, std::to_string(shared_bytes) + " bytes of shared memory");
+  if (shared_bytes > most_shared()) refuse(op, std::to_string(shared_bytes) + " bytes of shared memory");
   launched.insert(describe_site(reinterpret_cast<uintptr_t>(kernel) + 1));
   unsigned char* const shared = shared_memory_of_blocks();
   MemoryOfLaunch memory(arguments, argument_bytes, shared, shared_bytes);
@@ -94,7 +98,15 @@ void* shared_bytes(size_t bytes) {
 
 // The order in which threads (and blocks) run: 0 forward, 1 reverse, 2 random, 3 one warp as far as it goes.
 EXPORT void embedding_kernels_emulation_options(int order, uint64_t seed, int latest) {
-  emulation::options() = {static_cast<emulation::Order>(order), seed, latest != 0};
+  emulation::Options& options = emulation::options();
+  options.order = static_cast<emulation::Order>(order);
+  options.seed = seed;
+  options.latest = latest != 0;
+}
+
+// The compute capability that is played: 80 or 90.
+EXPORT void embedding_kernels_emulation_architecture(int architecture) {
+  emulation::options().architecture = architecture;
 }
 
 // Names of the kernels launched since the last call, one a line; valid until the next call.
