@@ -16,7 +16,26 @@ constexpr int kGroupRows = 64;  // of a warpgroup: those of a product
 constexpr int kGroupWarps = kWarpgroup / kWarp;
 
 constexpr int panels_of(int columns) { return (columns + kPanelValues - 1) / kPanelValues; }
-constexpr uint32_t panel_bytes(int rows) { return static_cast<uint32_t>(rows * kPanelRow); }
+__host__ __device__ constexpr uint32_t panel_bytes(int rows) { return static_cast<uint32_t>(rows * kPanelRow); }
+
+// ---- products ----
+
+template <class T, int kColumns>
+__device__ inline void multiply_tiles(float (&sums)[kColumns][4], uint64_t left, uint64_t right, uint32_t add) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    ptx::multiply_tiles_bfloat16(sums, left, right, add);
+  } else {
+    ptx::multiply_tiles_float16(sums, left, right, add);
+  }
+}
+template <class T, int kColumns>
+__device__ inline void multiply_held(float (&sums)[kColumns][4], const uint32_t (&left)[4], uint64_t right) {
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    ptx::multiply_held_bfloat16(sums, left, right);
+  } else {
+    ptx::multiply_held_float16(sums, left, right);
+  }
+}
 
 // ---- rings ----
 
@@ -34,13 +53,14 @@ __device__ inline void begin_ring(Ring<kStages>& ring, uint32_t readers) {
     ptx::begin_barrier(ptx::shared_address(&ring.free[stage]), readers);
   }
 }
+// What the producer's copies for a stage arrive at.
 template <int kStages>
 __device__ inline uint32_t full_at(const Ring<kStages>& ring, const RingPlace<kStages>& place) {
   return ptx::shared_address(&ring.full[place.stage]);
 }
 template <int kStages>
 __device__ inline void wait_full(const Ring<kStages>& ring, const RingPlace<kStages>& place) {
-  wait_at(ptx::shared_address(&ring.full[place.stage]), place.parity);
+  wait_at(full_at(ring, place), place.parity);
 }
 template <int kStages>
 __device__ inline void wait_free(const Ring<kStages>& ring, const RingPlace<kStages>& place) {

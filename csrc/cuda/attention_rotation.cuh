@@ -47,16 +47,17 @@ __device__ inline void store_shared8(T* to, const float (&values)[8]) {
   ptx::store_shared_words4(ptx::shared_address(to), w);
 }
 
-// Turns the first `rows` rows of a tile; `position(row)` is a row's. Thread `thread` of `threads`.
-template <class T, int D, class Position>
-__device__ inline void rotate_tile(T* tile, int rows, const Rotation& rotation, int thread, int threads,
-                                   const Position& position) {
+// Turns the first `rows` rows of a tile that has column `column` of a row at `index(row, column)`; `position(row)` is a
+// row's. Thread `thread` of `threads`.
+template <class T, class Index, class Position>
+__device__ inline void rotate_rows(T* tile, int rows, const Rotation& rotation, int thread, int threads,
+                                   const Index& index, const Position& position) {
   const int pieces = rotation.wide ? rotation.half / 8 : rotation.half;
   for (int item = thread; item < rows * pieces; item += threads) {
     const int row = item / pieces, piece = item % pieces;
     if (rotation.wide) {
-      T* const low = tile + element_index<D>(row, 8 * piece);
-      T* const high = tile + element_index<D>(row, 8 * piece + rotation.half);
+      T* const low = tile + index(row, 8 * piece);
+      T* const high = tile + index(row, 8 * piece + rotation.half);
       float x[8], y[8];
       load_shared8(low, x);
       load_shared8(high, y);
@@ -64,14 +65,22 @@ __device__ inline void rotate_tile(T* tile, int rows, const Rotation& rotation, 
       store_shared8(low, x);
       store_shared8(high, y);
     } else {
-      T* const low = tile + element_index<D>(row, piece);
-      T* const high = tile + element_index<D>(row, piece + rotation.half);
+      T* const low = tile + index(row, piece);
+      T* const high = tile + index(row, piece + rotation.half);
       float x[1] = {widen(*low)}, y[1] = {widen(*high)};
       turn(rotation, position(row), piece, 1, x, y);
       *low = round_to<T>(x[0]);
       *high = round_to<T>(y[0]);
     }
   }
+}
+
+template <class T, int D, class Position>
+__device__ inline void rotate_tile(T* tile, int rows, const Rotation& rotation, int thread, int threads,
+                                   const Position& position) {
+  rotate_rows(
+      tile, rows, rotation, thread, threads, [](int row, int column) { return element_index<D>(row, column); },
+      position);
 }
 
 }  // namespace embedding_kernels::cuda

@@ -75,6 +75,12 @@ inline bool hopper_is_asked(const char* answer) {
   const char* const asked = std::getenv("EMBEDDING_KERNELS_HOPPER");
   return asked != nullptr && std::strcmp(asked, answer) == 0;
 }
+// Whether the library has code for sm_90a.
+#if defined(EMBEDDING_KERNELS_HOPPER)
+constexpr bool kForHopper = true;
+#else
+constexpr bool kForHopper = false;
+#endif
 // Whether the device has what is compiled for sm_90a, and such code is in the library.
 inline bool is_hopper(const Tensor& tensor) {
 #if defined(EMBEDDING_KERNELS_HOPPER)
@@ -122,6 +128,7 @@ using emulation::multiprocessors;
 using emulation::mutable_pointer;
 using emulation::pointer;
 using emulation::shared_memory;
+constexpr bool kForHopper = true;
 inline int64_t long_for_hopper() { return 0; }  // small shapes are to reach these kernels too
 
 #endif
