@@ -20,6 +20,11 @@ __host__ __device__ constexpr uint32_t panel_bytes(int rows) { return static_cas
 
 // ---- products ----
 
+// A matrix `bytes` further on in its tile: the low word alone has the address.
+__device__ inline uint64_t further(uint64_t matrix, uint32_t bytes) {
+  return (matrix & ~uint64_t{0xffffffff}) | (static_cast<uint32_t>(matrix) + (bytes >> 4));
+}
+
 template <class T, int kColumns>
 __device__ inline void multiply_tiles(float (&sums)[kColumns][4], uint64_t left, uint64_t right, uint32_t add) {
   if constexpr (std::is_same_v<T, BFloat16>) {
@@ -53,10 +58,14 @@ __device__ inline void begin_ring(Ring<kStages>& ring, uint32_t readers) {
     ptx::begin_barrier(ptx::shared_address(&ring.free[stage]), readers);
   }
 }
-// What the producer's copies for a stage arrive at.
+// What the producer's copies for a stage arrive at, and its readers.
 template <int kStages>
 __device__ inline uint32_t full_at(const Ring<kStages>& ring, const RingPlace<kStages>& place) {
-  return ptx::shared_address(&ring.full[place.stage]);
+  return ptx::shared_address(ring.full) + place.stage * sizeof(uint64_t);
+}
+template <int kStages>
+__device__ inline uint32_t free_at(const Ring<kStages>& ring, const RingPlace<kStages>& place) {
+  return ptx::shared_address(ring.free) + place.stage * sizeof(uint64_t);
 }
 template <int kStages>
 __device__ inline void wait_full(const Ring<kStages>& ring, const RingPlace<kStages>& place) {
@@ -64,12 +73,12 @@ __device__ inline void wait_full(const Ring<kStages>& ring, const RingPlace<kSta
 }
 template <int kStages>
 __device__ inline void wait_free(const Ring<kStages>& ring, const RingPlace<kStages>& place) {
-  wait_at(ptx::shared_address(&ring.free[place.stage]), place.parity ^ 1);
+  wait_at(free_at(ring, place), place.parity ^ 1);
 }
 // By one lane of each warp that reads: its whole warp has waited for the products that read the stage.
 template <int kStages>
 __device__ inline void give_free(const Ring<kStages>& ring, const RingPlace<kStages>& place, int lane) {
-  if (lane == 0) ptx::arrive_at(ptx::shared_address(&ring.free[place.stage]));
+  if (lane == 0) ptx::arrive_at(free_at(ring, place));
 }
 
 // ---- items ----
@@ -144,7 +153,7 @@ __device__ inline TileSpan tiles_needed(const OwnRows& all, const OwnRows& own) 
 template <int kPanels, int kRows>
 __device__ inline void copy_panels(uint32_t tile, const TensorMap* map, int32_t head, int32_t first, int32_t count,
                                    int32_t row, uint32_t barrier) {
-#pragma unroll
+#pragma unroll 1
   for (int panel = 0; panel < kPanels; ++panel) {
     int32_t place[5];
     ragged_place(panel * kPanelValues, head, first, count, row, place);
