@@ -14,7 +14,7 @@
 // a query and a key is 4 · columns operations and an exponential; a block of 128 queries reads 4 · columns bytes for
 // each key, 128 operations a byte. Of short texts only the bytes count: q, k, v and out once.
 #include "../kernels.h"
-#include "attention_host.cuh"
+#include "attention_hopper.cuh"
 #include "attention_softmax.cuh"
 
 namespace embedding_kernels::cuda {
@@ -352,6 +352,12 @@ std::tuple<Tensor, Tensor> varlen_attention(Tensor q, Tensor k, Tensor v, Tensor
   Tensor out = empty_like_device(q, {q.size(0), q.size(1), v.size(2)}, q.scalar_type());
   Tensor lse = empty_like_device(q, {q.size(1), q.size(0)}, ScalarType::Float);
   if (q.size(0) == 0 || call.rule.sequences < 1) return {out, lse};
+  if constexpr (kForHopper) {
+    if (goes_to_hopper(call)) {
+      attend_on_hopper(call, out, lse);
+      return {out, lse};
+    }
+  }
   with_half_type(q.scalar_type(), [&]<class T>(T) { attend<T>(call, out, lse); });
   return {out, lse};
 }

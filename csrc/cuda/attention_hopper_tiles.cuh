@@ -61,11 +61,11 @@ __device__ inline void begin_ring(Ring<kStages>& ring, uint32_t readers) {
 // What the producer's copies for a stage arrive at, and its readers.
 template <int kStages>
 __device__ inline uint32_t full_at(const Ring<kStages>& ring, const RingPlace<kStages>& place) {
-  return ptx::shared_address(ring.full) + place.stage * sizeof(uint64_t);
+  return ptx::shared_address(&ring) + place.stage * static_cast<uint32_t>(sizeof(uint64_t));
 }
 template <int kStages>
 __device__ inline uint32_t free_at(const Ring<kStages>& ring, const RingPlace<kStages>& place) {
-  return ptx::shared_address(ring.free) + place.stage * sizeof(uint64_t);
+  return full_at(ring, place) + kStages * static_cast<uint32_t>(sizeof(uint64_t));
 }
 template <int kStages>
 __device__ inline void wait_full(const Ring<kStages>& ring, const RingPlace<kStages>& place) {
