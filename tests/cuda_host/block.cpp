@@ -43,6 +43,7 @@ namespace emulation {
 Block* current_block = nullptr;
 Thread* current_thread = nullptr;
 bool failing = false;
+uintptr_t stacks_begin = 0, stacks_end = 0;
 
 namespace {
 
@@ -65,6 +66,8 @@ unsigned char* stacks() {
     for (int i = 0; i < kMostThreads; ++i) {
       mprotect(static_cast<unsigned char*>(mapped) + kStackBytes * static_cast<size_t>(i), 4096, PROT_NONE);
     }
+    stacks_begin = reinterpret_cast<uintptr_t>(mapped);
+    stacks_end = stacks_begin + kStackBytes * kMostThreads;
     return static_cast<unsigned char*>(mapped);
   }();
   return memory;
@@ -77,6 +80,7 @@ unsigned char* stacks() {
 
 void thread_main() {
   kernel_entry(kernel_arguments);
+  check_end_of_thread(*current_thread);
   current_thread->state = Thread::kFinished;
   leave();
 }
@@ -100,9 +104,17 @@ Options& options() {
   return chosen;
 }
 
-bool on_a_stack(uintptr_t address) {
-  const auto low = reinterpret_cast<uintptr_t>(stacks());
-  return address >= low && address < low + kStackBytes * kMostThreads;
+Thread& thread_of_stack(uintptr_t address) {
+  return current_block->thread(static_cast<int>((address - stacks_begin) / kStackBytes));
+}
+
+void check_in_flight(const Thread& thread, uintptr_t address, size_t bytes, bool writes, uintptr_t site) {
+  for (const InFlight& held : thread.in_flight) {
+    if (address >= held.end || address + bytes <= held.begin || !(held.sums || writes)) continue;
+    fail(held.sums ? "sums are touched before wait_products has seen their product through"
+                   : "a factor is overwritten before wait_products has seen its product through",
+         {site});
+  }
 }
 
 void fail(const std::string& what, std::initializer_list<uintptr_t> sites) {
@@ -126,11 +138,14 @@ Block::Block(dim3 index_, dim3 size_, dim3 grid_, uint32_t number_, unsigned cha
       shared(shared_),
       shared_size(shared_size_),
       threads_count(static_cast<int>(size_.x * size_.y * size_.z)),
+      products(static_cast<size_t>((threads_count + kWarp - 1) / kWarp)),
       threads_(static_cast<size_t>(threads_count)),
       barriers_(16),
-      meetings_(static_cast<size_t>((threads_count + kWarp - 1) / kWarp)),
+      meetings_(products.size()),
+      meetings_of_warpgroups_(products.size() / 4),
+      first_named_(static_cast<uint32_t>(threads_count) + static_cast<uint32_t>(products.size())),
       random_(options().seed * 0x9e3779b97f4a7c15u + number_) {
-  const auto nothing = std::make_shared<const Times>(static_cast<size_t>(2 * threads_count), 0u);
+  const auto nothing = std::make_shared<const Times>();
   for (int i = 0; i < threads_count; ++i) {
     Thread& thread = threads_[static_cast<size_t>(i)];
     thread.index = i;
@@ -139,7 +154,10 @@ Block::Block(dim3 index_, dim3 size_, dim3 grid_, uint32_t number_, unsigned cha
     const auto u = static_cast<unsigned>(i);
     thread.place = dim3(u % size.x, u / size.x % size.y, u / size.x / size.y);
     thread.state = Thread::kReady;
-    thread.clock.seen = nothing;
+    thread.agents.thread = static_cast<uint32_t>(i);
+    thread.agents.beside[kProducts] = static_cast<uint32_t>(threads_count + thread.warp);
+    thread.clock.seen.met = thread.clock.published.met = nothing;
+    thread.clock.seen.own = 1;
     auto* top = reinterpret_cast<void**>(stacks() + kStackBytes * static_cast<size_t>(i + 1));
     // as if it had been called: the return address below a multiple of 16, six saved registers under it
     top[-2] = reinterpret_cast<void*>(&thread_main);
@@ -147,7 +165,15 @@ Block::Block(dim3 index_, dim3 size_, dim3 grid_, uint32_t number_, unsigned cha
   }
 }
 
+size_t Block::draw() {
+  random_ = random_ * 6364136223846793005u + 1442695040888963407u;
+  return static_cast<size_t>(random_ >> 33);
+}
+
 Thread* Block::next() {
+  // copies that land late do so when nothing else can happen
+  while (ready_.empty() && phases.land_one(*this, options().order == Order::kRandom ? draw() : 0)) {
+  }
   if (ready_.empty()) return nullptr;
   size_t place = 0;
   switch (options().order) {
@@ -157,8 +183,7 @@ Thread* Block::next() {
       place = ready_.size() - 1;
       break;
     case Order::kRandom:
-      random_ = random_ * 6364136223846793005u + 1442695040888963407u;
-      place = static_cast<size_t>((random_ >> 33) % ready_.size());
+      place = draw() % ready_.size();
       break;
     case Order::kWarpFirst:
       for (size_t i = 0; i < ready_.size(); ++i) {
@@ -169,6 +194,7 @@ Thread* Block::next() {
       }
   }
   Thread& thread = threads_[static_cast<size_t>(ready_[place])];
+  thread.waits_barrier = nullptr;
   ready_.erase(ready_.begin() + static_cast<std::ptrdiff_t>(place));
   last_warp_ = thread.warp;
   return &thread;
@@ -212,7 +238,8 @@ void Block::report_deadlock() {
       finished.push_back(thread.index);
       continue;
     }
-    const std::string where = std::string(thread.waits_for) + " at " + describe_site(thread.waits_at);
+    const std::string what = thread.waits_barrier == nullptr ? thread.waits_for : describe(*thread.waits_barrier);
+    const std::string where = what + " at " + describe_site(thread.waits_at);
     auto found = waiting.begin();
     while (found != waiting.end() && found->first != where) ++found;
     if (found == waiting.end()) found = waiting.insert(found, {where, {}});
@@ -239,8 +266,8 @@ void Block::barrier(uint32_t name, uint32_t count, bool waits, uintptr_t site) {
              std::to_string(count) + " threads",
          {site});
   }
-  at.arrived.push_back(thread.clock.state(thread.index));
-  ++thread.clock.own;
+  at.arrived.push_back({thread.agents, thread.clock.seen, thread.clock.published});
+  ++thread.clock.seen.own;
   if (waits) at.waiting.push_back(thread.index);
   // a block whose last warp is not full counts that warp as whole
   const auto missing = static_cast<size_t>(
@@ -249,12 +276,13 @@ void Block::barrier(uint32_t name, uint32_t count, bool waits, uintptr_t site) {
     if (waits) wait("a barrier", site);
     return;
   }
-  const auto seen = join(at.arrived, threads_count);
+  const TimesMet seen = join(at.arrived, &Arrival::seen), published = join(at.arrived, &Arrival::published);
   const std::vector<int> waiting = std::move(at.waiting);
   at = Barrier();
   for (int index : waiting) {
     Thread& other = threads_[static_cast<size_t>(index)];
-    other.clock.seen = seen;
+    other.clock.seen.met = seen;
+    other.clock.published.met = published;
     if (&other != &thread) make_ready(other);
   }
 }
@@ -291,17 +319,82 @@ void Block::meet(const Statement& statement, uint32_t mask, Frame& mine, Act act
   }
 }
 
-void Block::order_lanes(Thread* const (&threads)[32]) {
-  std::vector<ClockState> states;
-  for (Thread* thread : threads) {
-    if (thread != nullptr) states.push_back(thread->clock.state(thread->index));
+void Block::meet_warpgroup(const Statement& statement, Frame& mine, ActOfWarpgroup act, uintptr_t site) {
+  Thread& thread = *current_thread;
+  const auto number = static_cast<size_t>(thread.index / kWarpgroup);
+  if (number >= meetings_of_warpgroups_.size()) {
+    fail("a product of a warpgroup that does not have 128 threads", {site});
   }
-  const auto seen = join(states, threads_count);
+  MeetingOfWarpgroup& at = meetings_of_warpgroups_[number];
+  if (at.arrived == 0) at.statement = &statement;
+  if (at.statement != &statement) {
+    fail("the threads of a warpgroup have come to different products: another is " + at.statement->opcode, {site});
+  }
+  at.frames[static_cast<size_t>(thread.index % kWarpgroup)] = &mine;
+  if (++at.arrived < kWarpgroup) {
+    wait(statement.opcode.c_str(), site);
+    return;
+  }
+  at.arrived = 0;
+  Thread* const threads = &threads_[number * kWarpgroup];
+  act(*this, statement, at.frames.data(), threads, site);
+  for (int i = 0; i < kWarpgroup; ++i) {
+    if (&threads[i] != &thread) make_ready(threads[i]);
+  }
+}
+
+void Block::order_lanes(Thread* const (&threads)[32]) {
+  std::vector<Arrival> arrivals;
+  for (Thread* thread : threads) {
+    if (thread != nullptr) arrivals.push_back({thread->agents, thread->clock.seen, thread->clock.published});
+  }
+  const TimesMet seen = join(arrivals, &Arrival::seen), published = join(arrivals, &Arrival::published);
   for (Thread* thread : threads) {
     if (thread == nullptr) continue;
-    thread->clock.seen = seen;
-    ++thread->clock.own;
+    thread->clock.seen.met = seen;
+    thread->clock.published.met = published;
+    ++thread->clock.seen.own;
   }
+}
+
+const TimesMet& Block::joined(const TimesMet& mine, const TimesMet& others) {
+  if (mine == others || others->empty()) return mine;
+  for (const Joined& known : joined_) {
+    if (known.mine == mine && known.others == others) return known.both;
+  }
+  auto both = std::make_shared<Times>(*mine);
+  join_into(*both, *others);
+  Joined& place = joined_[last_joined_++ % joined_.size()];
+  place = {mine, others, *both == *mine ? mine : TimesMet(both)};
+  return place.both;
+}
+
+void Block::acquire(Thread& thread, const TimesMet& seen, const TimesMet& published) {
+  thread.clock.seen.met = joined(thread.clock.seen.met, seen);
+  thread.clock.published.met = joined(thread.clock.published.met, published);
+}
+
+uint32_t Block::new_agent(const std::string& name, bool ordinary) {
+  names_.push_back(name);
+  ordinary_.push_back(ordinary);
+  return first_named_ + static_cast<uint32_t>(names_.size()) - 1;
+}
+
+uint32_t Block::agent_beside(Thread& thread, Beside what) {
+  uint32_t& agent = thread.agents.beside[what];
+  if (agent == kNobody) {
+    agent = new_agent((what == kCopies ? "an asynchronous copy of thread " : "a bulk store of thread ") +
+                          std::to_string(thread.index),
+                      what == kCopies);
+  }
+  return agent;
+}
+
+std::string Block::name_of(uint32_t agent) const {
+  const auto count = static_cast<uint32_t>(threads_count);
+  if (agent < count) return "thread " + std::to_string(agent);
+  if (are_products(agent)) return "a product of warpgroup " + std::to_string((agent - count) / 4);
+  return names_[agent - first_named_];
 }
 
 }  // namespace emulation

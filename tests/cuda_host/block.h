@@ -1,14 +1,15 @@
 // One block of CUDA threads: fibres, their scheduler, and how they wait for each other.
 #pragma once
 
+#include <array>
 #include <cstdint>
-#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "clocks.h"
 #include "emulation.h"
+#include "phases.h"
 
 namespace emulation {
 
@@ -20,7 +21,7 @@ enum class Order { kForward, kReverse, kRandom, kWarpFirst };
 struct Options {
   Order order = Order::kForward;
   uint64_t seed = 0;
-  // asynchronous copies land at the latest legal moment, not at once
+  // asynchronous copies land, and products are made, at the latest legal moment, not at once
   bool latest = false;
   int architecture = 80;
 };
@@ -34,18 +35,35 @@ struct Copy {
   uint32_t group;
 };
 
+// Registers of a thread that a product of its warpgroup still uses.
+struct InFlight {
+  uintptr_t begin, end;
+  uint32_t group;
+  bool sums;  // else a factor, which may be read
+};
+
 struct Thread {
   enum State { kReady, kWaiting, kFinished };
   int index, warp, lane;
   dim3 place;
   State state;
+  Agents agents;
   Clock clock;
   void* stack_pointer;
   std::vector<Copy> copies;  // issued and not landed, under `latest`
+  std::vector<BoxCopy> stores;
+  uint32_t last_store = 0;     // its group
+  uint32_t written = kNobody;  // the agent of what its bulk stores write, which nobody waits for
+  std::vector<InFlight> in_flight;
+  bool products_begun = false;
   // what it waits for and from where, for the report of a deadlock
   const char* waits_for;
+  const PhaseBarrier* waits_barrier = nullptr;
   uintptr_t waits_at;
 };
+
+struct Product;
+constexpr int kWarpgroup = 128;
 
 class Block {
  public:
@@ -61,19 +79,46 @@ class Block {
   using Act = void (*)(Block&, const Statement&, Frame* const (&lanes)[32], Thread* const (&threads)[32]);
   void meet(const Statement& statement, uint32_t mask, Frame& mine, Act act, uintptr_t site);
 
+  // All threads of the running thread's warpgroup meet; the last to come acts.
+  using ActOfWarpgroup = void (*)(Block&, const Statement&, Frame* const* frames, Thread* threads, uintptr_t site);
+  void meet_warpgroup(const Statement& statement, Frame& mine, ActOfWarpgroup act, uintptr_t site);
+
   // Orders the lanes' memory accesses, as bar.warp.sync does.
   void order_lanes(Thread* const (&threads)[32]);
+
+  // The running thread waits; or others, that have waited, go on.
+  void wait(const char* what, uintptr_t site);
+  void make_ready(Thread& thread);
+  Thread& thread(int index) { return threads_[static_cast<size_t>(index)]; }
+  // A thread learns what others knew.
+  void acquire(Thread& thread, const TimesMet& seen, const TimesMet& published);
+
+  // Who works beside the threads. The products of a warpgroup have one agent for each of its warps, numbered one after
+  // the other: they are known to who knows all four.
+  uint32_t new_agent(const std::string& name, bool ordinary = false);
+  uint32_t agent_beside(Thread& thread, Beside what);
+  uint32_t agent_of_products(int warpgroup) const { return static_cast<uint32_t>(threads_count + 4 * warpgroup); }
+  bool are_products(uint32_t agent) const {
+    return agent >= static_cast<uint32_t>(threads_count) && agent < first_named_;
+  }
+  // Threads, and their copies of up to 16 bytes, work through the ordinary proxy.
+  bool is_ordinary(uint32_t agent) const {
+    return agent < static_cast<uint32_t>(threads_count) || (agent >= first_named_ && ordinary_[agent - first_named_]);
+  }
+  std::string name_of(uint32_t agent) const;
 
   const dim3 index, size, grid;
   const uint32_t number;  // from 1 on
   unsigned char* const shared;
   const size_t shared_size;
   const int threads_count;
+  Phases phases;
+  std::vector<std::vector<std::shared_ptr<Product>>> products;  // of each warp, not made yet, under `latest`
 
  private:
   struct Barrier {
     uint32_t count = 0;
-    std::vector<ClockState> arrived;
+    std::vector<Arrival> arrived;
     std::vector<int> waiting;
   };
   struct Meeting {
@@ -82,15 +127,30 @@ class Block {
     Frame* frames[32];
   };
 
+  struct MeetingOfWarpgroup {
+    const Statement* statement = nullptr;
+    int arrived = 0;
+    std::array<Frame*, kWarpgroup> frames = {};
+  };
+  struct Joined {
+    TimesMet mine, others, both;
+  };
+
+  size_t draw();
   Thread* next();
-  void make_ready(Thread& thread);
-  void wait(const char* what, uintptr_t site);
+  const TimesMet& joined(const TimesMet& mine, const TimesMet& others);
   void report_deadlock();
 
   std::vector<Thread> threads_;
   std::vector<int> ready_;
   std::vector<Barrier> barriers_;
   std::vector<std::vector<Meeting>> meetings_;  // of each warp
+  std::vector<MeetingOfWarpgroup> meetings_of_warpgroups_;
+  std::vector<std::string> names_;  // of agents from `first_named_` on
+  std::vector<bool> ordinary_;
+  uint32_t first_named_;
+  std::array<Joined, 8> joined_;  // the last ones
+  size_t last_joined_ = 0;
   uint64_t random_;
   int last_warp_ = 0;
 };
@@ -104,7 +164,11 @@ extern bool failing;
 // Ends the launch: the running thread never goes on. `sites` are places in code, the newest first.
 [[noreturn]] void fail(const std::string& what, std::initializer_list<uintptr_t> sites);
 
-// Whether an address lies on a stack of a thread.
-bool on_a_stack(uintptr_t address);
+// The stacks of the threads lie here.
+extern uintptr_t stacks_begin, stacks_end;
+inline bool on_a_stack(uintptr_t address) { return address >= stacks_begin && address < stacks_end; }
+Thread& thread_of_stack(uintptr_t address);
+// Ends the launch if a product still uses these registers.
+void check_in_flight(const Thread& thread, uintptr_t address, size_t bytes, bool writes, uintptr_t site);
 
 }  // namespace emulation

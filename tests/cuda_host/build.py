@@ -21,6 +21,8 @@ COMMON = ("-std=c++20", "-g", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"
 INSTRUMENTED = (
     *("-O1", "-x", "c++", "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"),
     *("-fsanitize=alignment,bounds", "-ftrivial-auto-var-init=pattern", "-fno-threadsafe-statics"),
+    # a variable's place is not given to another, which a product under way could still be using
+    "-fstack-reuse=none",
     # contraction off: multiplications and additions are fused only where the source says so
     *("-ffp-contract=off", "-Wno-unknown-pragmas", "-Wno-unused-parameter", f"-I{HERE}"),
 )
@@ -88,7 +90,8 @@ def _link(name: str, work: Sequence[tuple[Path, Sequence[str]]], libraries: Sequ
 
 
 def _emulation() -> list[tuple[Path, Sequence[str]]]:
-    return [(path, ("-O2",)) for path in sorted(HERE.glob("*.cpp")) if not path.name.startswith("fragments_cute")]
+    flags = ("-O2", "-fvect-cost-model=dynamic")  # products are loops for vector instructions
+    return [(path, flags) for path in sorted(HERE.glob("*.cpp")) if not path.name.startswith("fragments_cute")]
 
 
 def build_library() -> Path:

@@ -89,7 +89,7 @@ void copy_async(Context& c, const Statement& s) {
   const uintptr_t to = address_of<kShared>(c, s.argument(0)), from = address_of<kGlobal>(c, s.argument(1));
   require_multiple(c, to, size);
   require_multiple(c, from, size);  // of a copy that reads nothing too
-  const uint32_t group = c.thread.clock.copies_closed + 1;
+  const uint32_t group = c.thread.clock.closed[kCopies] + 1;
   if (read != 0) access_by_copy(c.thread, from, read, Access::kRead, group, c.site);
   access_by_copy(c.thread, to, size, Access::kWrite, group, c.site);
   const Copy copy = {reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), size, read, group};
@@ -101,16 +101,17 @@ void copy_async(Context& c, const Statement& s) {
   }
 }
 
-void commit_copies(Context& c, const Statement&) { ++c.thread.clock.copies_closed; }
+void commit_copies(Context& c, const Statement&) { ++c.thread.clock.closed[kCopies]; }
 
 void wait_copies(Context& c, const Statement& s) {
   const auto unfinished = static_cast<uint32_t>(c.frame.get(s.argument(0)));
   Clock& clock = c.thread.clock;
-  const uint32_t done = clock.copies_closed > unfinished ? clock.copies_closed - unfinished : 0;
-  clock.copies_seen = std::max(clock.copies_seen, done);
+  const uint32_t closed = clock.closed[kCopies], done = closed > unfinished ? closed - unfinished : 0;
+  uint32_t& waited = clock.seen.waited[kCopies];
+  waited = std::max(waited, done);
   std::erase_if(c.thread.copies, [&](const Copy& copy) {
-    if (copy.group <= clock.copies_seen) land(copy);
-    return copy.group <= clock.copies_seen;
+    if (copy.group <= waited) land(copy);
+    return copy.group <= waited;
   });
 }
 

@@ -18,12 +18,21 @@ namespace {
 struct Touch {
   uint32_t time, site, block;
   uint16_t agent;
+  bool operator==(const Touch&) const = default;
 };
 struct Cell {
   Touch write, atomic, read;  // `atomic` is the last one since the write
-  uint32_t readers;           // 1 + place in `reader_sets` where several threads read it unordered, else 0
+  uint32_t readers;           // 1 + place in `readings` where several read it unordered, else 0
   bool read_by_others;
 };
+
+// One of several who read a byte; bytes with the same past share them.
+struct Reading {
+  Touch touch;
+  uint32_t before;       // 1 + place of the reading before, or 0
+  uint32_t count, kept;  // with all before, and when they were last looked through
+};
+constexpr uint32_t kHeldForBarrier = UINT32_MAX;  // as a block
 
 struct Region {
   uintptr_t begin, end;
@@ -36,9 +45,13 @@ struct Range {
   uintptr_t begin, end;
 };
 
-std::vector<Range> buffers;      // as noted
-std::vector<Region> regions;     // of the launch: buffers, those that overlap as one, and shared memory
-std::vector<Times> reader_sets;  // of the block: when each agent read a byte
+std::vector<Range> buffers;     // as noted
+std::vector<Region> regions;    // of the launch: buffers, those that overlap as one, and shared memory
+std::vector<Reading> readings;  // of the block
+struct {
+  uint32_t from, to;
+  Touch read, added;
+} last_step;  // from some readings to those with one more
 Range arguments_range, image_range;
 uintptr_t image_base;
 
@@ -71,12 +84,6 @@ void find_image() {
 
 bool inside(const Range& range, uintptr_t address, size_t bytes) {
   return address >= range.begin && address + bytes <= range.end;
-}
-
-std::string who(uint32_t agent) {
-  const auto threads = static_cast<uint32_t>(current_block->threads_count);
-  return agent < threads ? "thread " + std::to_string(agent)
-                         : "an asynchronous copy of thread " + std::to_string(agent - threads);
 }
 
 std::string place_of(const Region& region, uintptr_t address) {
@@ -120,18 +127,30 @@ Region& region_of(uintptr_t address, size_t bytes, Access kind, uintptr_t site) 
 }
 
 struct Actor {
-  Thread& thread;
+  const Witness& witness;
   uint32_t agent, time;
   uintptr_t site;
-  bool knows(uint32_t other, uint32_t when) const {
-    return thread.clock.after(thread.index, current_block->threads_count, static_cast<int>(other), when);
+  bool engine;
+
+  bool knows(const Touch& touch) const { return has(witness.seen, touch); }
+  // An ordinary store that the asynchronous proxy may not see yet.
+  bool lacks(const Touch& touch) const { return engine && is_ordinary(touch) && !has(witness.published, touch); }
+
+ private:
+  bool has(const Knowledge& knowledge, const Touch& touch) const {
+    const uint32_t agents = current_block->are_products(touch.agent) ? 4 : 1;
+    for (uint32_t i = 0; i < agents; ++i) {
+      if (!knowledge.has(witness.agents, touch.agent + i, touch.time)) return false;
+    }
+    return true;
   }
+  static bool is_ordinary(const Touch& touch) { return current_block->is_ordinary(touch.agent); }
 };
 
 [[noreturn]] void report_race(const Actor& actor, const Region& region, uintptr_t address, const char* now,
                               const char* before, const Touch& touch) {
-  fail(std::string("race: ") + now + " by " + who(actor.agent) + " and " + before + " by " + who(touch.agent) +
-           " are not ordered, at " + place_of(region, address),
+  fail(std::string("race: ") + now + " by " + current_block->name_of(actor.agent) + " and " + before + " by " +
+           current_block->name_of(touch.agent) + " are not ordered, at " + place_of(region, address),
        {actor.site, image_base + touch.site});
 }
 
@@ -146,14 +165,24 @@ struct Actor {
 void check_against(const Touch& before, const char* what, const Actor& actor, const Region& region, uintptr_t address,
                    Access kind) {
   if (before.block == 0) return;
+  if (before.block == kHeldForBarrier) {
+    fail("an access of " + place_of(region, address) + ", where a barrier was begun",
+         {actor.site, image_base + before.site});
+  }
   if (before.block != current_block->number) {
     report_blocks(actor, region, address,
                   kind == Access::kRead ? "this one reads a byte that was written by"
                                         : "this one writes a byte that was written by",
                   before);
   }
-  if (!actor.knows(before.agent, before.time)) {
+  if (!actor.knows(before)) {
     report_race(actor, region, address, kind == Access::kRead ? "a read" : "a write", what, before);
+  }
+  if (actor.lacks(before)) {
+    fail("missing proxy fence (publish_stores): " + current_block->name_of(actor.agent) +
+             (kind == Access::kRead ? " reads" : " writes") + " over " + what + " by " +
+             current_block->name_of(before.agent) + ", at " + place_of(region, address),
+         {actor.site, image_base + before.site});
   }
 }
 
@@ -163,18 +192,10 @@ void check_against_reads(const Cell& cell, const Actor& actor, const Region& reg
     report_blocks(actor, region, address, "this one writes a byte that was read by", cell.read);
   }
   if (cell.read.block != block) return;
-  if (cell.readers == 0) {
-    if (!actor.knows(cell.read.agent, cell.read.time)) {
-      report_race(actor, region, address, "a write", "a read", cell.read);
-    }
-    return;
-  }
-  const Times& times = reader_sets[cell.readers - 1];
-  for (uint32_t agent = 0; agent < times.size(); ++agent) {
-    if (times[agent] != 0 && !actor.knows(agent, times[agent])) {
-      report_race(actor, region, address, "a write", "a read",
-                  {times[agent], cell.read.site, block, static_cast<uint16_t>(agent)});
-    }
+  if (cell.readers == 0 && !actor.knows(cell.read)) report_race(actor, region, address, "a write", "a read", cell.read);
+  for (uint32_t at = cell.readers; at != 0; at = readings[at - 1].before) {
+    const Touch& touch = readings[at - 1].touch;
+    if (!actor.knows(touch)) report_race(actor, region, address, "a write", "a read", touch);
   }
 }
 
@@ -183,22 +204,48 @@ Touch touch_of(const Actor& actor) {
           static_cast<uint16_t>(actor.agent)};
 }
 
+uint32_t add_reading(const Touch& touch, uint32_t before) {
+  const uint32_t count = before == 0 ? 1 : readings[before - 1].count + 1;
+  const uint32_t kept = before == 0 ? 1 : readings[before - 1].kept;
+  readings.push_back({touch, before, count, kept});
+  return static_cast<uint32_t>(readings.size());
+}
+
+// Those among the readings that the actor does not know; who knows the actor need not be told of the others.
+uint32_t without_known(uint32_t from, const Actor& actor) {
+  uint32_t made = 0;
+  for (uint32_t at = from; at != 0; at = readings[at - 1].before) {
+    const Touch touch = readings[at - 1].touch;
+    if (touch.agent != actor.agent && !actor.knows(touch)) made = add_reading(touch, made);
+  }
+  if (made != 0) readings[made - 1].kept = readings[made - 1].count;
+  return made;
+}
+
+uint32_t with_reading(const Cell& cell, const Actor& actor) {
+  uint32_t before = cell.readers == 0 ? add_reading(cell.read, 0) : cell.readers;
+  const Reading& newest = readings[before - 1];
+  if (actor.knows(newest.touch) || newest.count >= 2 * newest.kept + 8) before = without_known(before, actor);
+  return before == 0 ? 0 : add_reading(touch_of(actor), before);
+}
+
 void note_read(Cell& cell, const Actor& actor) {
   const bool same_block = cell.read.block == current_block->number;
-  if (same_block && cell.readers != 0) {
-    reader_sets[cell.readers - 1][actor.agent] = actor.time;
+  if (!same_block || (cell.readers == 0 && (cell.read.agent == actor.agent || actor.knows(cell.read)))) {
+    cell.read_by_others = cell.read_by_others || (cell.read.block != 0 && !same_block);
+    cell.read = touch_of(actor);
+    cell.readers = 0;
     return;
   }
-  if (same_block && cell.read.agent != actor.agent && !actor.knows(cell.read.agent, cell.read.time)) {
-    reader_sets.emplace_back(static_cast<size_t>(2 * current_block->threads_count), 0u);
-    reader_sets.back()[cell.read.agent] = cell.read.time;
-    reader_sets.back()[actor.agent] = actor.time;
-    cell.readers = static_cast<uint32_t>(reader_sets.size());
-    return;
+  // neighbours mostly have the same past
+  const Touch added = touch_of(actor);
+  if (cell.readers != last_step.from || added != last_step.added ||
+      (cell.readers == 0 && cell.read != last_step.read)) {
+    last_step = {cell.readers, 0, cell.read, added};
+    last_step.to = with_reading(cell, actor);
   }
-  cell.read_by_others = cell.read_by_others || (cell.read.block != 0 && !same_block);
-  cell.read = touch_of(actor);
-  cell.readers = 0;
+  cell.readers = last_step.to;
+  if (cell.readers == 0) cell.read = added;
 }
 
 void note_write(Cell& cell, const Actor& actor, Access kind) {
@@ -214,15 +261,15 @@ void note_write(Cell& cell, const Actor& actor, Access kind) {
 }
 
 void access_by(const Actor& actor, uintptr_t address, size_t bytes, Access kind) {
-  if (on_a_stack(address)) return;
-  if (kind == Access::kRead && (inside(image_range, address, bytes) || inside(arguments_range, address, bytes))) return;
   Region& region = region_of(address, bytes, kind, actor.site);
+  Touch checked = {};  // neighbours mostly were written together
   for (size_t i = 0; i < bytes; ++i) {
     Cell& cell = region.cells[address + i - region.begin];
     if (kind != Access::kWrite && region.shared && cell.write.block == 0) {
       fail("read of a byte that nobody wrote, at " + place_of(region, address + i), {actor.site});
     }
-    check_against(cell.write, "a write", actor, region, address + i, kind);
+    if (!(cell.write == checked)) check_against(cell.write, "a write", actor, region, address + i, kind);
+    checked = cell.write;
     if (kind != Access::kAtomic) check_against(cell.atomic, "an atomic", actor, region, address + i, kind);
     if (kind == Access::kRead) {
       note_read(cell, actor);
@@ -236,12 +283,29 @@ void access_by(const Actor& actor, uintptr_t address, size_t bytes, Access kind)
 }  // namespace
 
 void access(Thread& thread, uintptr_t address, size_t bytes, Access kind, uintptr_t site) {
-  access_by({thread, static_cast<uint32_t>(thread.index), thread.clock.own, site}, address, bytes, kind);
+  if (on_a_stack(address)) {
+    if (!thread.in_flight.empty()) check_in_flight(thread, address, bytes, kind != Access::kRead, site);
+    return;
+  }
+  if (kind == Access::kRead && (inside(image_range, address, bytes) || inside(arguments_range, address, bytes))) return;
+  const Witness witness = {thread.agents, thread.clock.seen, thread.clock.published};
+  access_by({witness, static_cast<uint32_t>(thread.index), thread.clock.seen.own, site, false}, address, bytes, kind);
 }
 
 void access_by_copy(Thread& thread, uintptr_t address, size_t bytes, Access kind, uint32_t group, uintptr_t site) {
-  const auto agent = static_cast<uint32_t>(current_block->threads_count + thread.index);
-  access_by({thread, agent, group, site}, address, bytes, kind);
+  const uint32_t agent = current_block->agent_beside(thread, kCopies);
+  const Witness witness = {thread.agents, thread.clock.seen, thread.clock.published};
+  access_by({witness, agent, group, site, false}, address, bytes, kind);
+}
+
+void access_by_engine(const Witness& witness, uint32_t agent, uint32_t time, uintptr_t address, size_t bytes,
+                      Access kind, uintptr_t site) {
+  access_by({witness, agent, time, site, true}, address, bytes, kind);
+}
+
+void hold_for_barrier(uintptr_t address, size_t bytes) {
+  Region& region = region_of(address, bytes, Access::kWrite, 0);
+  for (size_t i = 0; i < bytes; ++i) region.cells[address + i - region.begin].write.block = kHeldForBarrier;
 }
 
 uintptr_t from_shared_window(uint32_t address) {
@@ -326,7 +390,8 @@ MemoryOfLaunch::~MemoryOfLaunch() {
 }
 
 void MemoryOfLaunch::begin_block() {
-  reader_sets.clear();
+  readings.clear();
+  last_step = {};
   if (!regions.empty() && regions.back().shared) std::memset(regions.back().cells, 0, regions.back().mapped);
 }
 

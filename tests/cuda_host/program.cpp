@@ -1,5 +1,6 @@
 #include "program.h"
 
+#include <algorithm>
 #include <cctype>
 #include <map>
 #include <memory>
@@ -96,6 +97,10 @@ class Parser {
       found.number = static_cast<uint64_t>(number());
     } else {
       const std::string name = word();
+      if (name == "_") {
+        found.kind = Argument::kNothing;
+        return found;
+      }
       const auto known = registers_.find(name);
       if (known == registers_.end()) refuse("`" + name + "` was not declared");
       found.kind = Argument::kRegister;
@@ -104,16 +109,24 @@ class Parser {
     return found;
   }
 
+  void vector(std::vector<Argument>& members) {
+    do members.push_back(argument());
+    while (peek(','));
+    expect('}');
+  }
+
   std::vector<Argument> group() {
     std::vector<Argument> members;
     if (peek('{')) {
-      do members.push_back(argument());
-      while (peek(','));
-      expect('}');
+      vector(members);
     } else if (peek('[')) {
       members.push_back(argument());
       members[0].address = true;
       if (peek('+')) members[0].offset = number();
+      if (peek(',')) {
+        expect('{');
+        vector(members);
+      }
       expect(']');
     } else {
       members.push_back(argument());
@@ -137,6 +150,11 @@ class Parser {
       do found.groups.push_back(group());
       while (peek(','));
       expect(';');
+    }
+    for (const auto& members : found.groups) {
+      for (const Argument& argument : members) {
+        if (argument.kind == Argument::kOperand) found.operands = std::max(found.operands, argument.index + 1);
+      }
     }
     return found;
   }
@@ -175,7 +193,8 @@ const Program& program_of(const char* text, uintptr_t site) {
 Program parse(const std::string& text) { return Parser(text).parse(); }
 
 Statement::Handler find_handler(const std::string& opcode) {
-  for (const auto find : {scalar_handler, memory_handler, warp_handler, matrix_handler}) {
+  for (const auto find :
+       {scalar_handler, memory_handler, warp_handler, matrix_handler, bulk_handler, warpgroup_handler}) {
     if (const Statement::Handler handler = find(opcode)) return handler;
   }
   return nullptr;
@@ -200,6 +219,8 @@ void Frame::set(const Argument& argument, uint64_t bits) {
   Operand* const operand = argument.kind == Argument::kOperand ? &operands[argument.index] : nullptr;
   if (operand == nullptr || operand->target == nullptr)
     fail("PTX writes to an operand that is none of its outputs", {});
+  const auto address = reinterpret_cast<uintptr_t>(operand->target);
+  if (on_a_stack(address)) check_in_flight(thread_of_stack(address), address, 4, true, 0);
   operand->value = bits;
   switch (operand->kind) {
     case Operand::kU16:
@@ -218,18 +239,14 @@ void execute(const char* text, std::initializer_list<Operand> outputs, std::init
   if (current_thread == nullptr) throw std::logic_error(std::string("PTX outside a kernel: ") + text);
   const Program& program = program_of(text, site);
   Frame frame;
-  if (outputs.size() + inputs.size() > 80) fail("PTX with more than 80 operands", {site});
+  if (outputs.size() + inputs.size() > Frame::kMost) fail("PTX with too many operands", {site});
   size_t count = 0;
   for (const auto* list : {&outputs, &inputs}) {
     for (const Operand& operand : *list) frame.operands[count++] = operand;
   }
   for (const Statement& statement : program) {
-    for (const auto& group : statement.groups) {
-      for (const Argument& argument : group) {
-        if (argument.kind == Argument::kOperand && argument.index >= count) {
-          fail("PTX names operand %" + std::to_string(argument.index) + " of " + std::to_string(count), {site});
-        }
-      }
+    if (statement.operands > count) {
+      fail("PTX names operand %" + std::to_string(statement.operands - 1) + " of " + std::to_string(count), {site});
     }
     if (statement.guarded && (frame.registers[statement.guard] != 0) == statement.guard_negated) continue;
     Context context = {*current_block, *current_thread, frame, site};

@@ -11,17 +11,18 @@
 namespace emulation {
 
 struct Argument {
-  enum Kind : uint8_t { kOperand, kRegister, kNumber } kind;
-  bool negated;    // !p
-  bool address;    // [x]
-  int64_t offset;  // of an address
-  uint32_t index;  // of operands and registers
+  enum Kind : uint8_t { kOperand, kRegister, kNumber, kNothing } kind;  // kNothing: `_`
+  bool negated;                                                         // !p
+  bool address;                                                         // [x]
+  int64_t offset;                                                       // of an address
+  uint32_t index;                                                       // of operands and registers
   uint64_t number;
 };
 
 // The values of one execution.
 struct Frame {
-  Operand operands[80];
+  static constexpr size_t kMost = 136;
+  Operand operands[kMost];
   uint64_t registers[8];
   uint64_t get(const Argument& argument) const;
   void set(const Argument& argument, uint64_t bits);
@@ -39,8 +40,9 @@ struct Statement {
   using Handler = void (*)(Context&, const Statement&);
   std::string opcode;
   Handler handler;
-  // vectors in braces are one group
+  // vectors in braces are one group, and `[map, {coordinates}]`
   std::vector<std::vector<Argument>> groups;
+  uint32_t operands;  // that it names, at least
   bool guarded, guard_negated;
   uint32_t guard;
 
@@ -58,5 +60,7 @@ Statement::Handler scalar_handler(const std::string& opcode);
 Statement::Handler memory_handler(const std::string& opcode);
 Statement::Handler warp_handler(const std::string& opcode);
 Statement::Handler matrix_handler(const std::string& opcode);
+Statement::Handler bulk_handler(const std::string& opcode);
+Statement::Handler warpgroup_handler(const std::string& opcode);
 
 }  // namespace emulation
