@@ -49,6 +49,7 @@ const std::unordered_map<std::string, Statement::Handler>& handlers() {
        }},
       {"dp4a.s32.s32", [](C c, S s) { give(c, s, dot_bytes(word(c, s, 1), word(c, s, 2), word(c, s, 3))); }},
       {"setp.ne.u32", [](C c, S s) { give(c, s, uint64_t{word(c, s, 1) != word(c, s, 2)}); }},
+      {"selp.u32", [](C c, S s) { give(c, s, uint64_t{word(c, s, word(c, s, 3) != 0 ? 1 : 2)}); }},
       {"cvta.to.shared.u64",
        [](C c, S s) { give(c, s, uint64_t{to_shared_window(c.frame.get(s.argument(1)), c.site)}); }},
       {"cvt.u32.u64", [](C c, S s) { give(c, s, uint64_t{word(c, s, 1)}); }},
