@@ -1,17 +1,7 @@
 // Every wrapper of ptx.cuh on operands from outside, a small kernel each: the same file for nvcc and a GPU, and for g++
 // and the emulation. conformance.py draws the operands and compares.
-#include <cstdint>
-#include <cstdio>
-
-#if defined(__CUDACC__)
-#include <cuda_runtime_api.h>
-#else
-#include <stdexcept>
-#endif
-
+#include "conformance.h"
 #include "ptx.cuh"
-
-#define EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace {
 
@@ -25,14 +15,7 @@ struct Shared {
   uint32_t counter;
 };
 
-#if defined(__CUDACC__)
-__device__ inline Shared& shared_memory() {
-  extern __shared__ __align__(128) unsigned char conformance_shared[];
-  return *reinterpret_cast<Shared*>(conformance_shared);
-}
-#else
-inline Shared& shared_memory() { return emulation::shared_memory<Shared>(); }
-#endif
+__device__ inline Shared& shared_memory() { return conformance::shared_memory<Shared>(); }
 
 __device__ inline int thread() { return static_cast<int>(threadIdx.x); }
 // Another thread, in the other half of the block.
@@ -356,52 +339,6 @@ const Case kCases[] = {
 };
 constexpr int kCount = static_cast<int>(sizeof kCases / sizeof kCases[0]);
 
-// ---- launches ----
-
-#if defined(__CUDACC__)
-// Memory of the device, given back at the end.
-struct DeviceWords {
-  uint32_t* data = nullptr;
-  cudaError_t state;
-  explicit DeviceWords(size_t words) : state(cudaMalloc(&data, words * sizeof(uint32_t))) {}
-  ~DeviceWords() { cudaFree(data); }
-  DeviceWords(const DeviceWords&) = delete;
-  DeviceWords& operator=(const DeviceWords&) = delete;
-};
-
-const char* run(const Case& c, const uint32_t* in, uint32_t* out, int blocks) {
-  const size_t threads = static_cast<size_t>(blocks) * c.threads;
-  const size_t in_words = threads * c.operands, out_words = threads * c.results;
-  DeviceWords from(in_words), to(out_words);
-  cudaError_t state = from.state != cudaSuccess ? from.state : to.state;
-  const auto then = [&state](cudaError_t next) { state = state == cudaSuccess ? next : state; };
-  if (state == cudaSuccess) {
-    then(cudaMemcpy(from.data, in, in_words * sizeof(uint32_t), cudaMemcpyHostToDevice));
-    then(cudaMemset(to.data, 0xff, out_words * sizeof(uint32_t)));
-    c.kernel<<<static_cast<unsigned>(blocks), static_cast<unsigned>(c.threads), sizeof(Shared)>>>(from.data, to.data);
-    then(cudaGetLastError());
-    then(cudaMemcpy(out, to.data, out_words * sizeof(uint32_t), cudaMemcpyDeviceToHost));
-  }
-  return state == cudaSuccess ? "" : cudaGetErrorString(state);
-}
-#else
-const char* run(const Case& c, const uint32_t* in, uint32_t* out, int blocks) {
-  static char report[4096];
-  const auto threads = static_cast<size_t>(blocks * c.threads);
-  const emulation::DeviceGuard guard(0);
-  emulation::note_buffer(in, threads * static_cast<size_t>(c.operands) * sizeof(uint32_t));
-  emulation::note_buffer(out, threads * static_cast<size_t>(c.results) * sizeof(uint32_t));
-  try {
-    emulation::launch(c.name, c.kernel, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(c.threads)),
-                      sizeof(Shared), nullptr, in, out);
-  } catch (const std::runtime_error& error) {
-    std::snprintf(report, sizeof report, "%s", error.what());
-    return report;
-  }
-  return "";
-}
-#endif
-
 }  // namespace
 
 EXPORT int conformance_count() { return kCount; }
@@ -417,5 +354,11 @@ EXPORT const char* conformance_case(int number, int* numbers) {
 
 // in [blocks, threads, operands] to out [blocks, threads, results]; an empty text, or what went wrong.
 EXPORT const char* conformance_run(int number, const uint32_t* in, uint32_t* out, int blocks) {
-  return run(kCases[number], in, out, blocks);
+  const Case& c = kCases[number];
+  const size_t threads = static_cast<size_t>(blocks) * static_cast<size_t>(c.threads);
+  const conformance::Work work = {c.name, in, threads * static_cast<size_t>(c.operands), out,
+                                  threads * static_cast<size_t>(c.results)};
+  return conformance::run(work, [&](const uint32_t* from, uint32_t* to) {
+    conformance::start(c.name, c.kernel, blocks, c.threads, sizeof(Shared), from, to);
+  });
 }

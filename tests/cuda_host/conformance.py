@@ -1,9 +1,11 @@
-"""The conformance program: every wrapper of csrc/cuda/ptx.cuh on random operands, in the emulation and on a GPU.
+"""The conformance programs: every wrapper of csrc/cuda/ptx.cuh and ptx_hopper.cuh on random operands, in the emulation
+and on a GPU.
 
-``python tests/cuda_host/conformance.py`` builds `conformance.cu` by g++ with the emulation and, where nvcc and a GPU
-are, by nvcc; holds what comes out of each against a definition in NumPy, written from the PTX ISA's words, and the two
-against each other: bit for bit, or, for approximations and for sums in floating point, within the bounds that the ISA
-states (`tolerance` below). It ends with 0 only if all agree, and says which half ran.
+``python tests/cuda_host/conformance.py`` builds `conformance.cu` and `conformance_hopper.cu` by g++ with the emulation
+and, where nvcc and a GPU are, by nvcc; holds what comes out of each against a definition in NumPy, written from the PTX
+ISA's words, and the two against each other: bit for bit, or, for approximations and for sums in floating point, within
+the bounds that the ISA states (`tolerance` below). Hopper's wrappers run on GPUs of compute capability 9.0 alone. It
+ends with 0 only if all agree, and says which half ran.
 """
 
 from __future__ import annotations
@@ -24,10 +26,36 @@ if __package__ in (None, ""):  # run as a file: its package is the folder above
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from cuda_host import build
-from cuda_host.conformance_definitions import INSTRUCTIONS, Instruction, Words
+from cuda_host.conformance_definitions import INSTRUCTIONS as GENERAL
+from cuda_host.conformance_definitions import Instruction, Words
+from cuda_host.conformance_definitions_hopper import HOPPER
 
-SOURCE = build.HERE / "conformance.cu"
 HEADERS = build.ROOT / "csrc" / "cuda"
+INSTRUCTIONS = GENERAL | HOPPER
+
+
+@dataclass(frozen=True)
+class Source:
+    """A program's file, the header whose wrappers it tries, their definitions, the architecture, and nvcc's name of
+    a GPU that the program is for."""
+
+    file: Path
+    header: Path
+    instructions: dict[str, Instruction]
+    architecture: int
+    target: str
+
+
+SOURCES = {
+    "general": Source(build.HERE / "conformance.cu", HEADERS / "ptx.cuh", GENERAL, 80, "-arch=native"),
+    "hopper": Source(
+        build.HERE / "conformance_hopper.cu",
+        HEADERS / "ptx_hopper.cuh",
+        HOPPER,
+        90,
+        "-gencode=arch=compute_90a,code=sm_90a",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -44,10 +72,13 @@ class Case:
 class Program:
     """The program built one way: its kernels, run on operands of [blocks, threads, words]."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, architecture: int | None = None) -> None:
+        """`architecture`: the one that the emulation plays."""
         self.library = ctypes.CDLL(str(path))
         self.library.conformance_case.restype = ctypes.c_char_p
         self.library.conformance_run.restype = ctypes.c_char_p
+        if architecture is not None:
+            self.library.embedding_kernels_emulation_architecture(architecture)
 
     def cases(self) -> list[Case]:
         numbers = (ctypes.c_int * 3)()
@@ -87,34 +118,43 @@ def nvcc() -> str | None:
     return shutil.which("nvcc") or next(map(str, Path("/usr/local/cuda/bin").glob("nvcc")), None)
 
 
-def compile_for_gpu(target: Path, *options: str) -> Path:
+def compile_for_gpu(source: Source, target: Path, *options: str) -> Path:
     """By nvcc, which needs no GPU unless ``-arch=native`` is among the options."""
     program = nvcc()
     assert program, "nvcc is not installed"
-    command = [program, "-std=c++20", "-O3", *options, f"-I{HEADERS}", str(SOURCE), "-o", str(target)]
+    command = [program, "-std=c++20", "-O3", *options, f"-I{HEADERS}", str(source.file), "-o", str(target)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
-        raise RuntimeError(f"nvcc refuses {SOURCE.name}:\n{done.stderr[-6000:]}")
+        raise RuntimeError(f"nvcc refuses {source.file.name}:\n{done.stderr[-6000:]}")
     return target
 
 
 @cache
-def emulated() -> Program:
-    return Program(build.build_kernels(SOURCE))
+def emulated(name: str) -> Program:
+    return Program(build.build_kernels(SOURCES[name].file), SOURCES[name].architecture)
 
 
 @cache
-def on_gpu() -> Program:
+def on_gpu(name: str) -> Program:
     build.OUTPUT.mkdir(parents=True, exist_ok=True)
-    options = ("-shared", "-Xcompiler", "-fPIC", "-arch=native")
-    return Program(compile_for_gpu(build.OUTPUT / "conformance_gpu.so", *options))
+    target = build.OUTPUT / f"{SOURCES[name].file.stem}_gpu.so"
+    return Program(compile_for_gpu(SOURCES[name], target, "-shared", "-Xcompiler", "-fPIC", SOURCES[name].target))
 
 
-def gpu_there() -> bool:
+def capability() -> tuple[int, int] | None:
+    """Of the first GPU, None where there is none."""
     try:
-        return ctypes.CDLL("libcuda.so.1").cuInit(0) == 0
+        driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return False
+        return None
+    major, minor, device = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    steps = (
+        lambda: driver.cuInit(0),
+        lambda: driver.cuDeviceGet(ctypes.byref(device), 0),
+        lambda: driver.cuDeviceGetAttribute(ctypes.byref(major), 75, device),
+        lambda: driver.cuDeviceGetAttribute(ctypes.byref(minor), 76, device),
+    )
+    return (major.value, minor.value) if all(step() == 0 for step in steps) else None
 
 
 # ---- comparing ----
@@ -158,18 +198,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--require-gpu", action="store_true", help="fail where no GPU takes part")
     arguments = parser.parse_args(argv)
-    programs: dict[str, Program] = {"the emulation": emulated()}
-    if gpu_there() and nvcc():
-        programs["the GPU"] = on_gpu()
-    elif arguments.require_gpu:
+    gpu = capability() if nvcc() else None
+    if gpu is None and arguments.require_gpu:
         print(f"conformance: no {'GPU' if nvcc() else 'nvcc'} here", file=sys.stderr)
         return 2
-    wrong = []
-    for case in emulated().cases():
-        found = check(case, programs, arguments.blocks, arguments.seed)
-        print(f"  {case.name:<28} {'WRONG' if found else 'agrees'}")
-        wrong += found
-    print(f"conformance of {' and '.join(programs)}: {len(emulated().cases())} wrappers, {len(wrong)} disagreements")
+    wrong, tried = [], []
+    for name in SOURCES:
+        programs: dict[str, Program] = {"the emulation": emulated(name)}
+        if gpu is not None and (name == "general" or gpu == (9, 0)):
+            programs["the GPU"] = on_gpu(name)
+        cases = emulated(name).cases()
+        for case in cases:
+            found = check(case, programs, arguments.blocks, arguments.seed)
+            print(f"  {case.name:<28} {'WRONG' if found else 'agrees'}", flush=True)
+            wrong += found
+        tried.append(f"{len(cases)} of {SOURCES[name].header.name} in {' and '.join(programs)}")
+    print(f"conformance of the wrappers, {'; '.join(tried)}: {len(wrong)} disagreements")
     print("\n".join(wrong), end="\n" if wrong else "")
     return 1 if wrong else 0
 

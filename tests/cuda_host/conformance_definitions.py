@@ -37,22 +37,22 @@ class Instruction:
         """Words with all NaNs alike."""
         if not self.nan_of:
             return words
-        bits, infinity = {"float32": (32, 0x7F800000), "float16": (16, 0x7C00), "bfloat16": (16, 0x7F80)}[self.nan_of]
-        parts = words.view(np.uint16 if bits == 16 else np.uint32).copy()
-        parts[(parts & ((1 << bits - 1) - 1)) > infinity] = infinity + 1
+        width, infinity = {"float32": (32, 0x7F800000), "float16": (16, 0x7C00), "bfloat16": (16, 0x7F80)}[self.nan_of]
+        parts = words.view(np.uint16 if width == 16 else np.uint32).copy()
+        parts[(parts & ((1 << width - 1) - 1)) > infinity] = infinity + 1
         return parts
 
 
 # ---- operands ----
 
 
-def _bits(seeded: np.random.Generator, shape: Shape) -> Words:
+def bits(seeded: np.random.Generator, shape: Shape) -> Words:
     return seeded.integers(0, 1 << 32, shape, dtype=np.uint32)
 
 
 def _few_bits(seeded: np.random.Generator, shape: Shape) -> Words:
     """Words of every length, zero and all ones among them."""
-    kept = _bits(seeded, shape) >> seeded.integers(0, 32, shape, dtype=np.uint32)
+    kept = bits(seeded, shape) >> seeded.integers(0, 32, shape, dtype=np.uint32)
     kept[0, :4, 0] = (0, 1, 0xFFFFFFFF, 0x80000000)
     return kept
 
@@ -100,7 +100,7 @@ def _exact_sums(seeded: np.random.Generator, shape: Shape) -> Words:
 
 
 _INF, _NAN, _TINY = np.inf, np.nan, 1e-40  # the last is subnormal
-_ANY = {"random bits": _bits}
+_ANY = {"random bits": bits}
 
 
 def _floats_of(words: Words) -> NDArray[np.float64]:
@@ -132,11 +132,11 @@ def _relative(function: Callable[[NDArray[np.float64]], Any], bound: float, leas
 # ---- between lanes ----
 
 
-def _opposite(words: Words) -> Words:
+def opposite(words: Words) -> Words:
     return words[:, ::-1]
 
 
-def _arrive(words: Words) -> Words:
+def arrive(words: Words) -> Words:
     return np.concatenate([words[:, ::-1][:, :32], words[:, 32:]], axis=1)
 
 
@@ -162,21 +162,21 @@ def _over_warp(reduce: Any) -> Callable[[Words], Words]:
 # ---- bits ----
 
 
-def _bit_table(words: Words) -> NDArray[np.uint8]:
+def bit_table(words: Words) -> NDArray[np.uint8]:
     """[..., 32], the lowest first."""
     return np.unpackbits(np.ascontiguousarray(words).view(np.uint8), axis=-1, bitorder="little")
 
 
 def _reverse(words: Words) -> Words:
-    return np.packbits(_bit_table(words)[..., ::-1], axis=-1, bitorder="little").view(np.uint32)
+    return np.packbits(bit_table(words)[..., ::-1], axis=-1, bitorder="little").view(np.uint32)
 
 
 def _count(words: Words) -> Words:
-    return _bit_table(words).sum(axis=-1, keepdims=True).astype(np.uint32)
+    return bit_table(words).sum(axis=-1, keepdims=True).astype(np.uint32)
 
 
 def _highest(words: Words) -> Words:
-    table = _bit_table(words)
+    table = bit_table(words)
     found = 31 - table[..., ::-1].argmax(axis=-1)
     return np.where(table.any(axis=-1), found, 0xFFFFFFFF)[..., None].astype(np.uint32)
 
@@ -189,14 +189,14 @@ def _dot_bytes(words: Words) -> Words:
 # ---- conversions ----
 
 
-def _round_bfloat16(words: Words) -> Words:
+def round_bfloat16(words: Words) -> Words:
     upper, lower = words >> 16, words & 0xFFFF
     up = (lower > 0x8000) | ((lower == 0x8000) & (upper & 1 == 1))
     is_nan = (words & 0x7FFFFFFF) > 0x7F800000
     return np.where(is_nan, 0x7FFF, upper + up).astype(np.uint32)
 
 
-def _round_float16(words: Words) -> Words:
+def round_float16(words: Words) -> Words:
     with np.errstate(all="ignore"):
         return words.view(np.float32).astype(np.float16).view(np.uint16).astype(np.uint32)
 
@@ -278,16 +278,16 @@ def _matrices(count: int, transposed: bool) -> Callable[[Words], Words]:
     return definition
 
 
-def _bfloat16_values(words: Words) -> NDArray[np.float64]:
+def bfloat16_values(words: Words) -> NDArray[np.float64]:
     return (np.ascontiguousarray(words).view(np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
 
 
-def _float16_values(words: Words) -> NDArray[np.float64]:
+def float16_values(words: Words) -> NDArray[np.float64]:
     return np.ascontiguousarray(words).view(np.float16).astype(np.float64)
 
 
-def _bit_values(words: Words) -> NDArray[np.float64]:
-    return _bit_table(words).astype(np.float64)
+def bit_values(words: Words) -> NDArray[np.float64]:
+    return bit_table(words).astype(np.float64)
 
 
 def _whole_matrices(words: Words, values: Callable[[Words], Any], width: int) -> tuple[Any, Any]:
@@ -321,7 +321,7 @@ def _product(values: Callable[[Words], Any]) -> Callable[[Words], Words]:
 
 
 def _product_of_bits(words: Words) -> Words:
-    a, b = _whole_matrices(words, _bit_values, 32)
+    a, b = _whole_matrices(words, bit_values, 32)
     return words[..., 6:] + _accumulators(a @ b).astype(np.uint32)
 
 
@@ -362,14 +362,14 @@ def _multiplies(round_: Callable[[Words], Words], values: Callable[[Words], Any]
 # ---- the table, by name in conformance.cu ----
 
 _COPY = Instruction(lambda words: words, _ANY)
-_OPPOSITE = Instruction(_opposite, _ANY)
-_AROUND_BFLOAT16 = {"random bits": _bits, "midway": _to_be_rounded(16, -130, 127)}
-_AROUND_FLOAT16 = {"random bits": _bits, "midway": _to_be_rounded(13, -26, 17)}
+_OPPOSITE = Instruction(opposite, _ANY)
+_AROUND_BFLOAT16 = {"random bits": bits, "midway": _to_be_rounded(16, -130, 127)}
+_AROUND_FLOAT16 = {"random bits": bits, "midway": _to_be_rounded(13, -26, 17)}
 
 INSTRUCTIONS: dict[str, Instruction] = {
     "sync_block": _OPPOSITE,
     "sync_threads": _OPPOSITE,
-    "arrive": Instruction(_arrive, _ANY),
+    "arrive": Instruction(arrive, _ANY),
     "sync_warp": _OPPOSITE,
     "vote_ballot": Instruction(_ballot, _ANY),
     "shuffle": Instruction(_from_lane(lambda by: by), _ANY),
@@ -410,10 +410,10 @@ INSTRUCTIONS: dict[str, Instruction] = {
         _relative(np.tanh, 2.0**-10),
     ),
     "fused_multiply_add": Instruction(_fused, {"numbers": _exact_sums}),
-    "pack_bfloat16": Instruction(_packed(_round_bfloat16), _AROUND_BFLOAT16, nan_of="bfloat16"),
-    "pack_float16": Instruction(_packed(_round_float16), _AROUND_FLOAT16, nan_of="float16"),
-    "round_bfloat16": Instruction(_round_bfloat16, _AROUND_BFLOAT16, nan_of="bfloat16"),
-    "round_float16": Instruction(_round_float16, _AROUND_FLOAT16, nan_of="float16"),
+    "pack_bfloat16": Instruction(_packed(round_bfloat16), _AROUND_BFLOAT16, nan_of="bfloat16"),
+    "pack_float16": Instruction(_packed(round_float16), _AROUND_FLOAT16, nan_of="float16"),
+    "round_bfloat16": Instruction(round_bfloat16, _AROUND_BFLOAT16, nan_of="bfloat16"),
+    "round_float16": Instruction(round_float16, _AROUND_FLOAT16, nan_of="float16"),
     "widen_float16": Instruction(_widen, _ANY, nan_of="float32"),
     "load_words4": _COPY,
     "load_constant_words4": _COPY,
@@ -432,7 +432,7 @@ INSTRUCTIONS: dict[str, Instruction] = {
     "load_matrices4_transposed": Instruction(_matrices(4, True), _ANY),
     "load_matrices2": Instruction(_matrices(2, False), _ANY),
     "load_matrices2_transposed": Instruction(_matrices(2, True), _ANY),
-    "multiply_bfloat16": _multiplies(_round_bfloat16, _bfloat16_values),
-    "multiply_float16": _multiplies(_round_float16, _float16_values),
+    "multiply_bfloat16": _multiplies(round_bfloat16, bfloat16_values),
+    "multiply_float16": _multiplies(round_float16, float16_values),
     "multiply_bits": Instruction(_product_of_bits, _ANY),
 }
