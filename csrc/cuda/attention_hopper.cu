@@ -29,6 +29,7 @@ struct HopperShape {
   static constexpr int kKeys = D <= 128 ? 128 : 64;
   static constexpr int kStages = D <= 64 ? 4 : 2;
   static constexpr int kQueryStages = D <= 128 ? 2 : 1;
+  static constexpr bool kTurns = D <= 128;
   static constexpr uint32_t kTileBytes = kPanels * panel_bytes(kKeys);
   static constexpr uint32_t kQueryBytes = kPanels * panel_bytes(kGroupRows);  // of a warpgroup
 };
@@ -121,11 +122,25 @@ __device__ inline void produce(const HopperArguments& a, HopperShared<Shape>& sh
 
 // ---- the warpgroups that multiply ----
 
+// They issue the products of each tile in turns, so that one's softmax runs beside the other's products; left alone,
+// both would rather start them together and wait for them together. Both take a turn for each tile of an item, also
+// for one that they do not need. At 256 columns the products take far longer than the softmax.
+enum Meeting : uint32_t { kOneGroup = 1, kTurn = 1 + kGroups };  // barriers by number, of each warpgroup
+template <class Shape>
+__device__ inline void begin_turn(int group) {
+  if constexpr (Shape::kTurns) ptx::sync_threads(kTurn + group, kGroups * kWarpgroup);
+}
+template <class Shape>
+__device__ inline void end_turn(int group) {
+  if constexpr (Shape::kTurns) ptx::arrive(kTurn + (group ^ 1), kGroups * kWarpgroup);
+}
+
 // A warpgroup's queries of an item, and where a thread stands among them.
 template <class Shape>
 struct GroupRows {
   OwnRows own;
   int32_t head;
+  int group;
   const float* table;  // of the head, its middle; read through the first cache, which its few lines stay in
   int32_t at[2];       // positions of the lane's rows
   uint32_t tile;       // in shared memory
@@ -199,11 +214,13 @@ __device__ inline void hold_weights(const float (&scores)[1][kColumns][4], uint3
 
 // Tiles that the other warpgroup alone needs.
 template <class Shape>
-__device__ inline void pass_tiles(HopperShared<Shape>& shared, int32_t count, RingPlace<Shape::kStages>& place,
-                                  int lane) {
+__device__ inline void pass_tiles(HopperShared<Shape>& shared, int group, int32_t count,
+                                  RingPlace<Shape::kStages>& place, int lane) {
 #pragma unroll 1
   for (; count > 0; --count, place.advance()) {
     wait_full(shared.key_ring, place);
+    begin_turn<Shape>(group);
+    end_turn<Shape>(group);
     give_free(shared.key_ring, place, lane);
     wait_full(shared.value_ring, place);
     give_free(shared.value_ring, place, lane);
@@ -232,7 +249,9 @@ __device__ inline void gather_tiles(const HopperArguments& a, HopperShared<Shape
     return decay;
   };
   wait_full(shared.key_ring, place);
+  begin_turn<Shape>(rows.group);
   begin_scores<T, Shape>(rows.tile, ptx::shared_address(shared.keys) + place.stage * Shape::kTileBytes, scores);
+  end_turn<Shape>(rows.group);
   ptx::wait_products<0>();
   ptx::settle(scores[0]);
   weigh_tile(place);
@@ -242,10 +261,12 @@ __device__ inline void gather_tiles(const HopperArguments& a, HopperShared<Shape
     RingPlace<Shape::kStages> next = place;
     next.advance();
     wait_full(shared.key_ring, next);
+    begin_turn<Shape>(rows.group);
     begin_scores<T, Shape>(rows.tile, ptx::shared_address(shared.keys) + next.stage * Shape::kTileBytes, scores);
     wait_full(shared.value_ring, place);
     begin_mixing<T, Shape>(ptx::shared_address(shared.values) + place.stage * Shape::kTileBytes, weights,
                            gathered.mixed);
+    end_turn<Shape>(rows.group);
     ptx::wait_products<1>();
     ptx::settle(scores[0]);
     const Decay decay = weigh_tile(next);
@@ -274,6 +295,8 @@ __device__ inline void write_rows(const HopperArguments& a, unsigned char* tile,
                                   int lane, const Gathered<Shape::D, 1>& gathered) {
   const OwnRows& own = rows.own;
   const int first = 16 * warp;
+  // other warps' parts of the last products with the queries may be under way
+  ptx::sync_threads(kOneGroup + rows.group, kWarpgroup);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int row = first + r * 8 + lane / 4;
@@ -307,8 +330,7 @@ __device__ inline void write_rows(const HopperArguments& a, unsigned char* tile,
 
 // Turns the queries, which have arrived, and takes their positions.
 template <class T, class Shape>
-__device__ inline void take_queries(const HopperArguments& a, unsigned char* tile, int group, int thread,
-                                    GroupRows<Shape>& rows) {
+__device__ inline void take_queries(const HopperArguments& a, unsigned char* tile, int thread, GroupRows<Shape>& rows) {
   const OwnRows& own = rows.own;
   if (a.rotation.half > 0) {
     rotate_rows(
@@ -319,7 +341,7 @@ __device__ inline void take_queries(const HopperArguments& a, unsigned char* til
         },
         [&](int row) { return position_of(a.rule.queries, own.start, own.first + row); });
     ptx::publish_stores();
-    ptx::sync_threads(1 + group, kWarpgroup);
+    ptx::sync_threads(kOneGroup + rows.group, kWarpgroup);
   }
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -333,13 +355,15 @@ __device__ inline void consume(const HopperArguments& a, HopperShared<Shape>& sh
   const int warp = thread / kWarp, lane = thread % kWarp;
   RingPlace<Shape::kQueryStages> queries;
   RingPlace<Shape::kStages> tiles;
+  if (group != 0) end_turn<Shape>(group);  // the first turn is the first one's
 #pragma unroll 1
   for (;; queries.advance()) {
     wait_full(shared.query_ring, queries);
     const Item& item = shared.items[queries.stage];
     GroupRows<Shape> rows;
     rows.head = item.head;
-    if (rows.head < 0) return;
+    if (rows.head < 0) break;
+    rows.group = group;
     rows.own = rows_of_group<false>(a.rule, item.own, group, lane);
     const TileSpan span = tiles_needed<Shape::kKeys>(item.own, rows.own);
     const int32_t count = tiles_of<Shape::kKeys>(item.own), row = item.own.walk_first + span.first * Shape::kKeys;
@@ -347,18 +371,19 @@ __device__ inline void consume(const HopperArguments& a, HopperShared<Shape>& sh
         a.rule.table == nullptr ? nullptr : a.rule.table + rows.head * (2 * int64_t{a.rule.reach} + 1) + a.rule.reach;
     unsigned char* const tile = shared.queries[queries.stage][group];
     rows.tile = ptx::shared_address(tile);
-    take_queries<T>(a, tile, group, thread, rows);
+    take_queries<T>(a, tile, thread, rows);
     Gathered<Shape::D, 1> gathered = {};
     gathered.level[0] = gathered.level[1] = -INFINITY;
-    pass_tiles(shared, span.first, tiles, lane);
+    pass_tiles(shared, group, span.first, tiles, lane);
     if (span.first < span.last) {
       gather_tiles<T>(a, shared, rows, row, span.last - span.first, tiles, lane, gathered);
     }
-    pass_tiles(shared, count - span.last, tiles, lane);
+    pass_tiles(shared, group, count - span.last, tiles, lane);
     if (rows.own.count > 0) write_rows<T>(a, tile, rows, warp, lane, gathered);
     ptx::sync_warp();
     give_free(shared.query_ring, queries, lane);
   }
+  if (group == 0) begin_turn<Shape>(group);  // nothing is left at the barrier
 }
 
 template <class T, class Shape>
@@ -372,6 +397,7 @@ __global__ void __launch_bounds__(kThreads, 1) attention_hopper_kernel(const __g
     begin_ring(shared.key_ring, kGroups * kGroupWarps);
     begin_ring(shared.value_ring, kGroups * kGroupWarps);
     ptx::publish_barriers();
+    for (const TensorMap* const map : {&a.queries, &a.keys, &a.values, &a.out}) ptx::prefetch_map(map);
   }
   ptx::sync_block();
   if (group == 0) {
