@@ -179,9 +179,9 @@ void check_against(const Touch& before, const char* what, const Actor& actor, co
     report_race(actor, region, address, kind == Access::kRead ? "a read" : "a write", what, before);
   }
   if (actor.lacks(before)) {
-    fail("missing proxy fence (publish_stores): " + current_block->name_of(actor.agent) +
-             (kind == Access::kRead ? " reads" : " writes") + " over " + what + " by " +
-             current_block->name_of(before.agent) + ", at " + place_of(region, address),
+    fail(std::string("missing proxy fence (publish_stores) between ") + what + " by " +
+             current_block->name_of(before.agent) + " and " + (kind == Access::kRead ? "a read" : "a write") + " by " +
+             current_block->name_of(actor.agent) + ", at " + place_of(region, address),
          {actor.site, image_base + before.site});
   }
 }
