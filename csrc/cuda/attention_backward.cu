@@ -5,6 +5,7 @@
 // owns 16 rows, a block 64.
 #include "../kernels.h"
 #include "attention_backward.cuh"
+#include "attention_hopper.cuh"
 #include "row_lanes.cuh"
 
 namespace embedding_kernels::cuda {
@@ -13,10 +14,12 @@ namespace {
 constexpr int kThreads = 256;
 constexpr const char* kOp = "varlen_attention_backward";
 
-// shares [heads, total]: grad_out · out − grad_lse, what a row's weights share of their gradient.
+// levels and shares as GradientLevels, `stride` from head to head.
 template <class T>
-__global__ void attention_shares_kernel(HeadRows<T> grad_out, HeadRows<T> out, const float* __restrict__ grad_lse,
-                                        int64_t total, int64_t heads, int lanes, float* __restrict__ shares) {
+__global__ void attention_shares_kernel(HeadRows<T> grad_out, HeadRows<T> out, const float* __restrict__ lse,
+                                        const float* __restrict__ grad_lse, int64_t total, int64_t heads,
+                                        int64_t stride, int lanes, float* __restrict__ levels,
+                                        float* __restrict__ shares) {
   for_rows_with_sums(
       total * heads, lanes,
       [&](int64_t item, int lane) {
@@ -34,8 +37,9 @@ __global__ void attention_shares_kernel(HeadRows<T> grad_out, HeadRows<T> out, c
         return sum;
       },
       [&](int64_t item, float sum) {
-        const int64_t place = item % heads * total + item / heads;
-        shares[place] = grad_lse == nullptr ? sum : sum - grad_lse[place];
+        const int64_t row = item / heads, head = item % heads, from = head * total + row, to = head * stride + row;
+        levels[to] = lse[from] * kLog2E;
+        shares[to] = grad_lse == nullptr ? sum : sum - grad_lse[from];
       });
 }
 
@@ -152,13 +156,9 @@ void launch_gradients(const GradientArguments<T>& a, int64_t heads, const Tensor
   }
 }
 
-struct Gradients {
-  Tensor q, k, v;  // of q and k as float32 where they have to be turned back
-};
-
 template <class T>
 void sum_gradients(const AttentionCall& call, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& grad_out,
-                   const Tensor& lse, const Tensor& shares, Gradients& gradients) {
+                   const GradientLevels& of_rows, AttentionGradients& gradients) {
   const bool wide = call.rotation.half > 0;
   const auto address = [&](Tensor& tensor) -> void* {
     return wide ? static_cast<void*>(mutable_pointer<float>(tensor)) : mutable_pointer<T>(tensor);
@@ -168,8 +168,7 @@ void sum_gradients(const AttentionCall& call, const Tensor& q, const Tensor& k, 
                             {head_rows<T>(q), head_rows<T>(grad_out)},
                             {head_rows<T>(k), head_rows<T>(v)},
                             1,
-                            pointer<float>(lse),
-                            pointer<float>(shares),
+                            of_rows,
                             static_cast<float>(call.scale),
                             address(gradients.q),
                             wide,
@@ -183,15 +182,18 @@ void sum_gradients(const AttentionCall& call, const Tensor& q, const Tensor& k, 
   launch_gradients<Pass::keys>(a, k.size(1), q);
 }
 
+// `memory` [2, heads, stride] owns them; Hopper's copies want rows from multiples of 16 bytes on.
 template <class T>
-Tensor shares_of(const Tensor& grad_out, const Tensor& out, const std::optional<Tensor>& grad_lse) {
-  const int64_t total = out.size(0), heads = out.size(1);
-  Tensor shares = empty_like_device(out, {heads, total}, ScalarType::Float);
+GradientLevels levels_of(const Tensor& grad_out, const Tensor& out, const Tensor& lse,
+                         const std::optional<Tensor>& grad_lse, Tensor& memory) {
+  const int64_t total = out.size(0), heads = out.size(1), stride = (total + 3) / 4 * 4;
+  memory = empty_like_device(out, {2, heads, stride}, ScalarType::Float);
+  float *const levels = mutable_pointer<float>(memory), *const shares = levels + heads * stride;
   const int lanes = lanes_for(out.size(2) / kWide<T>);
   launch(kOp, attention_shares_kernel<T>, dim3(blocks_for(total * heads * lanes, kThreads)), dim3(kThreads), 0,
-         current_stream(out), head_rows<T>(grad_out), head_rows<T>(out), pointer_or_null<float>(grad_lse), total, heads,
-         lanes, mutable_pointer<float>(shares));
-  return shares;
+         current_stream(out), head_rows<T>(grad_out), head_rows<T>(out), pointer<float>(lse),
+         pointer_or_null<float>(grad_lse), total, heads, stride, lanes, levels, shares);
+  return {levels, shares, stride};
 }
 
 Tensor empty_rows(const Tensor& like, ScalarType dtype) {
@@ -218,8 +220,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> varlen_attention_backward(Tensor grad
   const AttentionTensors& t = call.tensors;
   const ScalarType dtype = q.scalar_type();
   const bool turned = call.rotation.half > 0;
-  Gradients gradients = {empty_rows(q, turned ? ScalarType::Float : dtype),
-                         empty_rows(k, turned ? ScalarType::Float : dtype), empty_rows(v, dtype)};
+  AttentionGradients gradients = {empty_rows(q, turned ? ScalarType::Float : dtype),
+                                  empty_rows(k, turned ? ScalarType::Float : dtype), empty_rows(v, dtype)};
   if (call.empty()) {
     gradients = {empty_rows(q, dtype), empty_rows(k, dtype), empty_rows(v, dtype)};
     for (Tensor* const gradient : {&gradients.q, &gradients.k, &gradients.v}) clear(*gradient);
@@ -232,16 +234,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> varlen_attention_backward(Tensor grad
   if (grad_lse) grad_lse = torch::stable::contiguous(*grad_lse);
   const Tensor rotated_q = rotated(kOp, call, t.q, call.rule.queries);
   const Tensor rotated_k = rotated(kOp, call, t.k, call.rule.keys);
-  Tensor shares = lse, table = empty_like_device(q, {0, 0}, ScalarType::Float);
+  Tensor memory = lse, table = empty_like_device(q, {0, 0}, ScalarType::Float);
+  GradientLevels of_rows{};
   with_half_type(dtype, [&]<class T>(T) {
-    shares = shares_of<T>(grad_out, out, grad_lse);
-    sum_gradients<T>(call, rotated_q, rotated_k, t.v, grad_out, lse, shares, gradients);
+    of_rows = levels_of<T>(grad_out, out, lse, grad_lse, memory);
+    if constexpr (kForHopper) {
+      if (goes_to_hopper(call)) {
+        sum_gradients_on_hopper(call, rotated_q, rotated_k, t.v, grad_out, of_rows, gradients);
+        return;
+      }
+    }
+    sum_gradients<T>(call, rotated_q, rotated_k, t.v, grad_out, of_rows, gradients);
   });
   if (turned) {
     gradients.q = turned_back(kOp, call, gradients.q, call.rule.queries, dtype);
     gradients.k = turned_back(kOp, call, gradients.k, call.rule.keys, dtype);
   }
-  if (bias_table) table = bias_gradient(kOp, call, rotated_q, rotated_k, t.v, grad_out, lse, shares);
+  if (bias_table) table = bias_gradient(kOp, call, rotated_q, rotated_k, t.v, grad_out, of_rows);
   return {gradients.q, gradients.k, gradients.v, table};
 }
 

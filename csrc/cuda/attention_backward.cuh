@@ -22,15 +22,21 @@ struct GradientShape {
   static constexpr bool kHoldsOwn = D == 64;  // in registers
 };
 
+// What the passes know of a row of queries, [heads of queries, total], the heads `stride` apart: lse in base 2, and
+// what the row's weights share of their gradient, grad_out · out − grad_lse.
+struct GradientLevels {
+  const float *levels, *shares;
+  int64_t stride;
+};
+
 // The own side's rows and their partners in the two products: q · k and grad_out · v, from either side.
 template <class T>
 struct GradientArguments {
   AttentionRule rule;
   bool last_first;  // the last rows have the most pairs
   HeadRows<T> own[2], others[2];
-  int32_t members;      // heads of the other side for a head of the own
-  const float* lse;     // [heads of queries, total]
-  const float* shares;  // the same: grad_out · out − grad_lse
+  int32_t members;  // heads of the other side for a head of the own
+  GradientLevels of_rows;
   float scale;
   // of own[0], as float32 where it has to be turned back, and of own[1], for keys
   void* first_gradient;
@@ -43,7 +49,7 @@ struct GradientShared {
   static constexpr int D = Shape::D;
   alignas(128) T own[2][kAttentionWarps][Shape::kOwn * D];
   T others[2][2][Shape::kOthers * D];  // of a stage, of a factor
-  float lse[2][Shape::kOthers];
+  float levels[2][Shape::kOthers];
   float shares[2][Shape::kOthers];
   int32_t positions[2][Shape::kOthers];
   float table[kStagedBiases];
@@ -57,7 +63,7 @@ struct GradientRows {
   int32_t segment;
   Window window;
   int32_t at[2];             // positions of the lane's rows
-  float level[2], share[2];  // of queries: lse in base 2, and what their weights share of their gradient
+  float level[2], share[2];  // of queries
   uint32_t held[2][Shape::kHoldsOwn ? Shape::D / 16 : 1][4];
   uint32_t tiles[2];  // of the warp, in shared memory
 };
@@ -91,9 +97,9 @@ __device__ inline void copy_others(const GradientArguments<T>& a, GradientShared
       const int place = chunk * kChunk + thread;
       const uint32_t bytes = there ? 4 : 0;
       if constexpr (Shape::kOwnKeys) {
-        const int64_t row = of_queries * a.rule.queries.total + (there ? ahead.row + thread : 0);
-        ptx::copy4_async(ptx::shared_address(&shared.lse[stage][place]), a.lse + row, bytes);
-        ptx::copy4_async(ptx::shared_address(&shared.shares[stage][place]), a.shares + row, bytes);
+        const int64_t row = of_queries * a.of_rows.stride + (there ? ahead.row + thread : 0);
+        ptx::copy4_async(ptx::shared_address(&shared.levels[stage][place]), a.of_rows.levels + row, bytes);
+        ptx::copy4_async(ptx::shared_address(&shared.shares[stage][place]), a.of_rows.shares + row, bytes);
       }
       if (side.positions != nullptr) {
         ptx::copy4_async(ptx::shared_address(&shared.positions[stage][place]),
@@ -130,10 +136,10 @@ __device__ inline void begin_rows(const GradientArguments<T>& a, GradientShared<
   for (int r = 0; r < 2; ++r) {
     const int row = 8 * r + lane / 4;
     const bool there = row < own.count;
-    const int64_t place = head * side.total + own.first + row;
+    const int64_t place = head * a.of_rows.stride + own.first + row;
     rows.at[r] = there ? position_of(side, own.start, own.first + row) : 0;
-    rows.level[r] = !Shape::kOwnKeys && there ? a.lse[place] * kLog2E : 0;
-    rows.share[r] = !Shape::kOwnKeys && there ? a.shares[place] : 0;
+    rows.level[r] = !Shape::kOwnKeys && there ? a.of_rows.levels[place] : 0;
+    rows.share[r] = !Shape::kOwnKeys && there ? a.of_rows.shares[place] : 0;
   }
   ptx::wait_copies<1>();
   ptx::sync_warp();
@@ -194,7 +200,7 @@ __device__ inline void pair_gradients(const GradientArguments<T>& a, const Gradi
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int place = chunk * kChunk + 8 * n + lane % 4 * 2 + i % 2;
-      const float level = Shape::kOwnKeys ? shared.lse[stage][place] * kLog2E : rows.level[i / 2];
+      const float level = Shape::kOwnKeys ? shared.levels[stage][place] : rows.level[i / 2];
       const float share = Shape::kOwnKeys ? shared.shares[stage][place] : rows.share[i / 2];
       const float weight = ptx::exp2_near(ptx::fused_multiply_add(scores[0][n][i], factor, -level));
       float change = weight * (gains[n][i] - share);
@@ -209,6 +215,6 @@ __device__ inline void pair_gradients(const GradientArguments<T>& a, const Gradi
 
 // The gradient of the bias table [heads of queries, entries]; in attention_bias.cu.
 Tensor bias_gradient(const char* op, const AttentionCall& call, const Tensor& q, const Tensor& k, const Tensor& v,
-                     const Tensor& grad_out, const Tensor& lse, const Tensor& shares);
+                     const Tensor& grad_out, const GradientLevels& of_rows);
 
 }  // namespace embedding_kernels::cuda

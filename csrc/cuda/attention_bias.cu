@@ -176,7 +176,7 @@ void launch_bias(const char* op, const GradientArguments<T>& a, dim3 grid, int32
 }  // namespace
 
 Tensor bias_gradient(const char* op, const AttentionCall& call, const Tensor& q, const Tensor& k, const Tensor& v,
-                     const Tensor& grad_out, const Tensor& lse, const Tensor& shares) {
+                     const Tensor& grad_out, const GradientLevels& of_rows) {
   const int64_t heads = q.size(1), entries = 2 * int64_t{call.rule.reach} + 1, parts = (entries + kBins - 1) / kBins;
   const int64_t slots = call.rule.queries.total / 16 + call.rule.sequences;
   const int64_t blocks = (slots + kAttentionWarps - 1) / kAttentionWarps;
@@ -190,8 +190,7 @@ Tensor bias_gradient(const char* op, const AttentionCall& call, const Tensor& q,
                                     {head_rows<T>(q), head_rows<T>(grad_out)},
                                     {head_rows<T>(k), head_rows<T>(v)},
                                     1,
-                                    pointer<float>(lse),
-                                    pointer<float>(shares),
+                                    of_rows,
                                     0,
                                     nullptr,
                                     false,

@@ -13,14 +13,15 @@ inline bool goes_to_hopper(const AttentionCall& call) {
   return t.max_seqlen_q >= least && t.q.size(0) >= least / 2 * call.rule.sequences && is_hopper(t.q);
 }
 
+struct GradientLevels;  // in attention_backward.cuh
+
 void attend_on_hopper(const AttentionCall& call, Tensor& out, Tensor& lse);
 
-// The gradients of rotated q and k and of v, as sum_gradients in attention_backward.cu; `shares` as there.
 struct AttentionGradients {
   Tensor q, k, v;  // of q and k as float32 where they have to be turned back
 };
+// The gradients of rotated q and k and of v, as sum_gradients in attention_backward.cu.
 void sum_gradients_on_hopper(const AttentionCall& call, const Tensor& q, const Tensor& k, const Tensor& v,
-                             const Tensor& grad_out, const Tensor& lse, const Tensor& shares,
-                             AttentionGradients& gradients);
+                             const Tensor& grad_out, const GradientLevels& of_rows, AttentionGradients& gradients);
 
 }  // namespace embedding_kernels::cuda

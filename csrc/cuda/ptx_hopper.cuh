@@ -227,6 +227,7 @@ __device__ inline void settle(Sum (&sums)[N][4]) {
   }
 }
 #else
+inline void settle(uint32_t&) {}
 template <class Sum, int N>
 inline void settle(Sum (&)[N][4]) {}
 #endif
