@@ -217,7 +217,7 @@ void Block::run(void (*entry)(const void*), const void* arguments) {
     current_thread = nullptr;
     if (failed) break;
   }
-  if (!failed) report_deadlock();
+  if (!failed) report_end();
   current_block = nullptr;
   if (failed) throw std::runtime_error(failure);
 }
@@ -230,7 +230,7 @@ void Block::wait(const char* what, uintptr_t site) {
   embedding_kernels_switch(&thread.stack_pointer, scheduler_stack);
 }
 
-void Block::report_deadlock() {
+void Block::report_end() {
   std::vector<int> finished;
   std::vector<std::pair<std::string, std::vector<int>>> waiting;
   for (const Thread& thread : threads_) {
@@ -245,10 +245,15 @@ void Block::report_deadlock() {
     if (found == waiting.end()) found = waiting.insert(found, {where, {}});
     found->second.push_back(thread.index);
   }
-  if (waiting.empty()) return;
-  failed = true;
-  failure = "deadlock in block (" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " +
-            std::to_string(index.z) + ")";
+  const std::string block =
+      "block (" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " + std::to_string(index.z) + ")";
+  const PhaseBarrier* const unawaited = phases.unawaited();
+  failed = !waiting.empty() || unawaited != nullptr;
+  if (waiting.empty()) {
+    if (failed) failure = block + " ends, and nobody has waited for copies: " + describe(*unawaited);
+    return;
+  }
+  failure = "deadlock in " + block;
   for (const auto& [where, who] : waiting) failure += "\n  threads " + range_text(who) + " wait for " + where;
   if (!finished.empty()) failure += "\n  threads " + range_text(finished) + " have ended";
 }

@@ -139,7 +139,7 @@ class Block {
   size_t draw();
   Thread* next();
   const TimesMet& joined(const TimesMet& mine, const TimesMet& others);
-  void report_deadlock();
+  void report_end();  // threads that wait for ever, copies that nobody waited for
 
   std::vector<Thread> threads_;
   std::vector<int> ready_;

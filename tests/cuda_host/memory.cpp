@@ -32,7 +32,7 @@ struct Reading {
   uint32_t before;       // 1 + place of the reading before, or 0
   uint32_t count, kept;  // with all before, and when they were last looked through
 };
-constexpr uint32_t kHeldForBarrier = UINT32_MAX;  // as a block
+constexpr uint16_t kBarrierItself = UINT16_MAX;  // as an agent: nobody else may touch the byte
 
 struct Region {
   uintptr_t begin, end;
@@ -134,7 +134,10 @@ struct Actor {
 
   bool knows(const Touch& touch) const { return has(witness.seen, touch); }
   // An ordinary store that the asynchronous proxy may not see yet.
-  bool lacks(const Touch& touch) const { return engine && is_ordinary(touch) && !has(witness.published, touch); }
+  bool lacks(const Touch& touch, bool shared) const {
+    // no kernel has a fence for global memory
+    return engine && current_block->is_ordinary(touch.agent) && !(shared && has(witness.published, touch));
+  }
 
  private:
   bool has(const Knowledge& knowledge, const Touch& touch) const {
@@ -144,7 +147,6 @@ struct Actor {
     }
     return true;
   }
-  static bool is_ordinary(const Touch& touch) { return current_block->is_ordinary(touch.agent); }
 };
 
 [[noreturn]] void report_race(const Actor& actor, const Region& region, uintptr_t address, const char* now,
@@ -165,7 +167,7 @@ struct Actor {
 void check_against(const Touch& before, const char* what, const Actor& actor, const Region& region, uintptr_t address,
                    Access kind) {
   if (before.block == 0) return;
-  if (before.block == kHeldForBarrier) {
+  if (before.agent == kBarrierItself) {
     fail("an access of " + place_of(region, address) + ", where a barrier was begun",
          {actor.site, image_base + before.site});
   }
@@ -178,7 +180,7 @@ void check_against(const Touch& before, const char* what, const Actor& actor, co
   if (!actor.knows(before)) {
     report_race(actor, region, address, kind == Access::kRead ? "a read" : "a write", what, before);
   }
-  if (actor.lacks(before)) {
+  if (actor.lacks(before, region.shared)) {
     fail(std::string("missing proxy fence (publish_stores) between ") + what + " by " +
              current_block->name_of(before.agent) + " and " + (kind == Access::kRead ? "a read" : "a write") + " by " +
              current_block->name_of(actor.agent) + ", at " + place_of(region, address),
@@ -265,6 +267,8 @@ void access_by(const Actor& actor, uintptr_t address, size_t bytes, Access kind)
   Touch checked = {};  // neighbours mostly were written together
   for (size_t i = 0; i < bytes; ++i) {
     Cell& cell = region.cells[address + i - region.begin];
+    // what blocks before have left in shared memory is forgotten
+    if (region.shared && cell.write.block != current_block->number) cell = {};
     if (kind != Access::kWrite && region.shared && cell.write.block == 0) {
       fail("read of a byte that nobody wrote, at " + place_of(region, address + i), {actor.site});
     }
@@ -305,7 +309,7 @@ void access_by_engine(const Witness& witness, uint32_t agent, uint32_t time, uin
 
 void hold_for_barrier(uintptr_t address, size_t bytes) {
   Region& region = region_of(address, bytes, Access::kWrite, 0);
-  for (size_t i = 0; i < bytes; ++i) region.cells[address + i - region.begin].write.block = kHeldForBarrier;
+  for (size_t i = 0; i < bytes; ++i) region.cells[address + i - region.begin].write.agent = kBarrierItself;
 }
 
 uintptr_t from_shared_window(uint32_t address) {
@@ -392,7 +396,6 @@ MemoryOfLaunch::~MemoryOfLaunch() {
 void MemoryOfLaunch::begin_block() {
   readings.clear();
   last_step = {};
-  if (!regions.empty() && regions.back().shared) std::memset(regions.back().cells, 0, regions.back().mapped);
 }
 
 }  // namespace emulation

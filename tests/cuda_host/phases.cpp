@@ -153,6 +153,7 @@ void Phases::end_phase_if_done(Block& block, PhaseBarrier& barrier) {
     auto seen = std::make_shared<Times>(*barrier.seen);
     join_into(*seen, barrier.agent, barrier.phase + 1);
     barrier.seen = std::move(seen);
+    barrier.unawaited = barrier.waiting.empty();
   }
   ++barrier.phase;
   barrier.expected = barrier.issued = barrier.landed = 0;
@@ -173,6 +174,7 @@ void Phases::wait(Block& block, uint32_t address, uint32_t parity, uintptr_t sit
     thread.waits_barrier = &barrier;
     block.wait("a barrier in shared memory", site);
   } else if (barrier.phase != 0) {
+    barrier.unawaited = false;
     block.acquire(thread, barrier.seen, barrier.published);
   }
 }
@@ -227,6 +229,13 @@ bool Phases::land_one(Block& block, size_t draw) {
   under_way_.erase(place);
   land(block, copy);
   return true;
+}
+
+const PhaseBarrier* Phases::unawaited() const {
+  for (const auto& [address, barrier] : barriers_) {
+    if (barrier.unawaited || barrier.issued != 0) return &barrier;
+  }
+  return nullptr;
 }
 
 void store_box(Block& block, Thread& thread, BoxCopy copy, uintptr_t site) {

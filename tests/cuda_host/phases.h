@@ -24,6 +24,7 @@ struct PhaseBarrier {
   uint32_t expected = 0, issued = 0, landed = 0;  // bytes in it
   std::vector<Arrival> arrived;
   TimesMet seen, published;  // by those whose arrivals ended the phase before
+  bool unawaited = false;    // copies of that phase, by anybody
   std::vector<int> waiting;
 };
 std::string describe(const PhaseBarrier& barrier);
@@ -51,6 +52,8 @@ class Phases {
 
   // Whether a copy was under way, which has landed now.
   bool land_one(Block& block, size_t draw);
+  // A barrier whose copies nobody has waited for, or null: they could land after the block has ended.
+  const PhaseBarrier* unawaited() const;
 
  private:
   PhaseBarrier& used(uint32_t address, uintptr_t site);

@@ -62,6 +62,8 @@ BUGS = {
     "barrier_not_begun": (29, "a barrier that was not begun"),
     "read_before_the_wait": (30, f"{NOT_ORDERED.format('a read', 'thread [0-9]+', 'a write', LOAD)}|nobody wrote"),
     "too_much_shared": (31, "launch failed: 233472 bytes of shared memory"),
+    "copy_nobody_awaits": (32, "nobody has waited for copies: phase"),
+    "commit_missing": (33, f"sums are touched before wait_products|{OVERWRITTEN}"),
 }
 LENGTHS = (70, 64, 3, 130)
 DEPTH, MIDDLE, COLUMNS = 192, 64, 128
