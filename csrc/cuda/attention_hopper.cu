@@ -74,24 +74,21 @@ __device__ inline void copy_pairs(const HopperArguments& a, HopperShared<Shape>&
   const int32_t head = item.head / a.rule.group, count = own.walk_last - own.other_start;
 #pragma unroll 1
   for (int32_t row = own.walk_first; row < own.walk_last; row += kKeys, place.advance()) {
-    const int32_t within = row - own.other_start;
-    wait_free(shared.key_ring, place);
     if (a.rule.keys.positions != nullptr) {
+      wait_free(shared.key_ring, place);
       stage_positions<kKeys>(a.rule.keys.positions, row, own.walk_last, shared.positions[place.stage], lane);
     }
-    if (lane == 0) {
-      const uint32_t full = full_at(shared.key_ring, place);
+    if (lane != 0) continue;
+    const int32_t within = row - own.other_start;
+    const auto copy = [&](Ring<Shape::kStages>& ring, const TensorMap& map, unsigned char* tiles) {
+      wait_free(ring, place);
+      const uint32_t full = full_at(ring, place);
       ptx::arrive_expecting(full, Shape::kTileBytes);
-      copy_panels<Shape::kPanels, kKeys>(ptx::shared_address(shared.keys) + place.stage * Shape::kTileBytes, &a.keys,
-                                         head, own.other_start, count, within, full);
-    }
-    wait_free(shared.value_ring, place);
-    if (lane == 0) {
-      const uint32_t full = full_at(shared.value_ring, place);
-      ptx::arrive_expecting(full, Shape::kTileBytes);
-      copy_panels<Shape::kPanels, kKeys>(ptx::shared_address(shared.values) + place.stage * Shape::kTileBytes,
-                                         &a.values, head, own.other_start, count, within, full);
-    }
+      copy_panels<Shape::kPanels, kKeys>(ptx::shared_address(tiles) + place.stage * Shape::kTileBytes, &map, head,
+                                         own.other_start, count, within, full);
+    };
+    copy(shared.key_ring, a.keys, shared.keys[0]);
+    copy(shared.value_ring, a.values, shared.values[0]);
   }
 }
 
@@ -103,8 +100,8 @@ __device__ inline void produce(const HopperArguments& a, HopperShared<Shape>& sh
 #pragma unroll 1
   for (;; queries.advance()) {
     const Item item = next_item<kGroups * kGroupRows, false>(a.rule, a.items, lane, drawn);
-    wait_free(shared.query_ring, queries);
     if (lane == 0) {
+      wait_free(shared.query_ring, queries);
       const uint32_t full = full_at(shared.query_ring, queries);
       shared.items[queries.stage] = item;
       const int groups = item.head < 0 ? 0 : item.own.count > kGroupRows ? 2 : 1;
@@ -221,8 +218,9 @@ __device__ inline void pass_tiles(HopperShared<Shape>& shared, int group, int32_
     wait_full(shared.key_ring, place);
     begin_turn<Shape>(group);
     end_turn<Shape>(group);
-    give_free(shared.key_ring, place, lane);
     wait_full(shared.value_ring, place);
+    ptx::sync_warp();
+    give_free(shared.key_ring, place, lane);
     give_free(shared.value_ring, place, lane);
   }
 }

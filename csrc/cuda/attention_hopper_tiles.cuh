@@ -75,7 +75,8 @@ template <int kStages>
 __device__ inline void wait_free(const Ring<kStages>& ring, const RingPlace<kStages>& place) {
   wait_at(free_at(ring, place), place.parity ^ 1);
 }
-// By one lane of each warp that reads: its whole warp has waited for the products that read the stage.
+// By one lane of each warp that reads: its whole warp has waited for the products that read the stage, or has met since
+// it saw the stage full. A lane left behind would miss the phase that it waits for once the next but one has begun.
 template <int kStages>
 __device__ inline void give_free(const Ring<kStages>& ring, const RingPlace<kStages>& place, int lane) {
   if (lane == 0) ptx::arrive_at(free_at(ring, place));
