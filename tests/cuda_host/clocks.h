@@ -46,9 +46,10 @@ struct Clock {
   Knowledge published;
   uint32_t closed[kBesides] = {};  // groups
 
-  void publish() {
-    published = seen;
-    ++seen.own;
+  // Up to which group all are finished, when a thread has waited until at most the last `unfinished` are not.
+  uint32_t wait(Beside what, uint32_t unfinished) {
+    uint32_t& waited = seen.waited[what];
+    return waited = std::max(waited, closed[what] > unfinished ? closed[what] - unfinished : 0);
   }
 };
 
@@ -64,7 +65,7 @@ inline void join_into(Times& times, const Times& others) {
   for (size_t i = 0; i < others.size(); ++i) times[i] = std::max(times[i], others[i]);
 }
 inline void join_into(Times& times, uint32_t agent, uint32_t time) {
-  if (time == 0) return;
+  if (time == 0 || agent == kNobody) return;  // groups of nothing may be waited for too
   if (times.size() <= agent) times.resize(agent + 1, 0);
   times[agent] = std::max(times[agent], time);
 }
