@@ -80,7 +80,11 @@ unsigned char* stacks() {
 
 void thread_main() {
   kernel_entry(kernel_arguments);
-  check_end_of_thread(*current_thread);
+  const Thread& thread = *current_thread;
+  if (thread.last_store > thread.clock.seen.waited[kStores]) {
+    fail("a thread ends while its bulk stores may still read shared memory", {});
+  }
+  if (!thread.in_flight.empty()) fail("a thread ends before wait_products has seen its products through", {});
   current_thread->state = Thread::kFinished;
   leave();
 }
@@ -238,7 +242,7 @@ void Block::report_end() {
       finished.push_back(thread.index);
       continue;
     }
-    const std::string what = thread.waits_barrier == nullptr ? thread.waits_for : describe(*thread.waits_barrier);
+    const std::string what = thread.waits_barrier == nullptr ? thread.waits_for : thread.waits_barrier->describe();
     const std::string where = what + " at " + describe_site(thread.waits_at);
     auto found = waiting.begin();
     while (found != waiting.end() && found->first != where) ++found;
@@ -250,7 +254,7 @@ void Block::report_end() {
   const PhaseBarrier* const unawaited = phases.unawaited();
   failed = !waiting.empty() || unawaited != nullptr;
   if (waiting.empty()) {
-    if (failed) failure = block + " ends, and nobody has waited for copies: " + describe(*unawaited);
+    if (failed) failure = block + " ends, and nobody has waited for copies: " + unawaited->describe();
     return;
   }
   failure = "deadlock in " + block;

@@ -7,9 +7,9 @@
 #include <string>
 #include <vector>
 
+#include "bulk.h"
 #include "clocks.h"
 #include "emulation.h"
-#include "phases.h"
 
 namespace emulation {
 

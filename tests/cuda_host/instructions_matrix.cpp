@@ -1,7 +1,6 @@
 // ldmatrix and mma.sync.
 #include <bit>
 #include <cstring>
-#include <unordered_map>
 
 #include "fragments.h"
 #include "memory.h"
@@ -127,8 +126,10 @@ void multiply(Context& c, const Statement& s) {
   c.block.meet(s, kAllLanes, c.frame, multiply_all<Type>, c.site);
 }
 
-const std::unordered_map<std::string, Statement::Handler>& handlers() {
-  static const std::unordered_map<std::string, Statement::Handler> table = {
+}  // namespace
+
+void add_matrix_instructions(Table& table) {
+  table.insert({
       {"ldmatrix.sync.aligned.m8n8.x1.shared.b16", load_matrices<1, false>},
       {"ldmatrix.sync.aligned.m8n8.x2.shared.b16", load_matrices<2, false>},
       {"ldmatrix.sync.aligned.m8n8.x4.shared.b16", load_matrices<4, false>},
@@ -140,15 +141,7 @@ const std::unordered_map<std::string, Statement::Handler>& handlers() {
       {"mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32", multiply<Tf32>},
       {"mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32", multiply<Bytes>},
       {"mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc", multiply<Bits>},
-  };
-  return table;
-}
-
-}  // namespace
-
-Statement::Handler matrix_handler(const std::string& opcode) {
-  const auto found = handlers().find(opcode);
-  return found == handlers().end() ? nullptr : found->second;
+  });
 }
 
 }  // namespace emulation

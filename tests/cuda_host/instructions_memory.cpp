@@ -1,7 +1,6 @@
 // Loads, stores, atomics, and asynchronous copies.
 #include <algorithm>
 #include <cstring>
-#include <unordered_map>
 
 #include "memory.h"
 #include "program.h"
@@ -105,17 +104,12 @@ void commit_copies(Context& c, const Statement&) { ++c.thread.clock.closed[kCopi
 
 void wait_copies(Context& c, const Statement& s) {
   const auto unfinished = static_cast<uint32_t>(c.frame.get(s.argument(0)));
-  Clock& clock = c.thread.clock;
-  const uint32_t closed = clock.closed[kCopies], done = closed > unfinished ? closed - unfinished : 0;
-  uint32_t& waited = clock.seen.waited[kCopies];
-  waited = std::max(waited, done);
+  const uint32_t waited = c.thread.clock.wait(kCopies, unfinished);
   std::erase_if(c.thread.copies, [&](const Copy& copy) {
     if (copy.group <= waited) land(copy);
     return copy.group <= waited;
   });
 }
-
-using Table = std::unordered_map<std::string, Statement::Handler>;
 
 template <bool Shared, size_t Bytes>
 void add_accesses(Table& table, const std::string& space, const std::string& type) {
@@ -145,26 +139,16 @@ void add_space(Table& table, const std::string& space) {
   table["atom." + space + ".exch.b32"] = atomic<Shared, uint32_t, '='>;
 }
 
-const Table& handlers() {
-  static const Table table = [] {
-    Table made;
-    add_space<kGlobal>(made, "global");
-    add_space<kGlobal>(made, "global.nc");
-    add_space<kShared>(made, "shared");
-    made["cp.async.cg.shared.global"] = copy_async;
-    made["cp.async.ca.shared.global"] = copy_async;
-    made["cp.async.commit_group"] = commit_copies;
-    made["cp.async.wait_group"] = wait_copies;
-    return made;
-  }();
-  return table;
-}
-
 }  // namespace
 
-Statement::Handler memory_handler(const std::string& opcode) {
-  const auto found = handlers().find(opcode);
-  return found == handlers().end() ? nullptr : found->second;
+void add_memory_instructions(Table& table) {
+  add_space<kGlobal>(table, "global");
+  add_space<kGlobal>(table, "global.nc");
+  add_space<kShared>(table, "shared");
+  table["cp.async.cg.shared.global"] = copy_async;
+  table["cp.async.ca.shared.global"] = copy_async;
+  table["cp.async.commit_group"] = commit_copies;
+  table["cp.async.wait_group"] = wait_copies;
 }
 
 }  // namespace emulation

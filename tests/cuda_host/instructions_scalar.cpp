@@ -1,7 +1,6 @@
 // Instructions that are a function of their operands.
 #include <bit>
 #include <cmath>
-#include <unordered_map>
 
 #include "memory.h"
 #include "numbers.h"
@@ -35,10 +34,12 @@ uint64_t dot_bytes(uint32_t a, uint32_t b, uint32_t sum) {
   return sum;
 }
 
-const std::unordered_map<std::string, Statement::Handler>& handlers() {
+}  // namespace
+
+void add_scalar_instructions(Table& table) {
   using C = Context&;
   using S = const Statement&;
-  static const std::unordered_map<std::string, Statement::Handler> table = {
+  table.insert({
       {"mov.b32", [](C c, S s) { give(c, s, uint64_t{word(c, s, 1)}); }},
       {"brev.b32", [](C c, S s) { give(c, s, reversed(word(c, s, 1))); }},
       {"popc.b32", [](C c, S s) { give(c, s, static_cast<uint64_t>(std::popcount(word(c, s, 1)))); }},
@@ -69,15 +70,7 @@ const std::unordered_map<std::string, Statement::Handler>& handlers() {
       {"cvt.rn.f16x2.f32",
        [](C c, S s) { give(c, s, uint64_t{to_float16(real(c, s, 1))} << 16 | to_float16(real(c, s, 2))); }},
       {"cvt.rna.tf32.f32", [](C c, S s) { give(c, s, uint64_t{to_tf32(real(c, s, 1))}); }},
-  };
-  return table;
-}
-
-}  // namespace
-
-Statement::Handler scalar_handler(const std::string& opcode) {
-  const auto found = handlers().find(opcode);
-  return found == handlers().end() ? nullptr : found->second;
+  });
 }
 
 }  // namespace emulation

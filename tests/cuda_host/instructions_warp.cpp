@@ -1,7 +1,6 @@
 // Barriers, and what the lanes of a warp do together: shuffles, votes, reductions.
 #include <algorithm>
 #include <bit>
-#include <unordered_map>
 
 #include "program.h"
 
@@ -95,8 +94,10 @@ void reduce(Context& c, const Statement& s) {
       c.site);
 }
 
-const std::unordered_map<std::string, Statement::Handler>& handlers() {
-  static const std::unordered_map<std::string, Statement::Handler> table = {
+}  // namespace
+
+void add_warp_instructions(Table& table) {
+  table.insert({
       {"bar.sync", barrier<true>},
       {"bar.arrive", barrier<false>},
       {"bar.warp.sync", sync_lanes},
@@ -108,15 +109,7 @@ const std::unordered_map<std::string, Statement::Handler>& handlers() {
       {"redux.sync.add.u32", reduce<'+'>},
       {"redux.sync.min.u32", reduce<'<'>},
       {"redux.sync.max.u32", reduce<'>'>},
-  };
-  return table;
-}
-
-}  // namespace
-
-Statement::Handler warp_handler(const std::string& opcode) {
-  const auto found = handlers().find(opcode);
-  return found == handlers().end() ? nullptr : found->second;
+  });
 }
 
 }  // namespace emulation

@@ -3,7 +3,6 @@
 #include <array>
 #include <bit>
 #include <cstring>
-#include <unordered_map>
 
 #include "fragments.h"
 #include "memory.h"
@@ -173,18 +172,13 @@ TimesMet common(const Thread* threads, Knowledge Clock::* which) {
     }
   }
   if (met.size() == 1) return met[0];
-  // products in a row
-  static std::vector<TimesMet> last_met;
-  static TimesMet last;
-  if (met == last_met) return last;
   auto least = std::make_shared<Times>(*met[0]);
   for (const TimesMet& times : met) {
     for (uint32_t agent = 0; agent < least->size(); ++agent) {
       (*least)[agent] = std::min((*least)[agent], time_of(*times, agent));
     }
   }
-  last_met = met;
-  return last = least;
+  return least;
 }
 
 void check_reads(Block& block, const Product& product, const Thread* threads, uintptr_t site) {
@@ -211,15 +205,17 @@ uint32_t* array_of(const Frame& frame, const std::vector<Argument>& group, uintp
   return first;
 }
 
-void hold(Thread& thread, const uint32_t* registers, size_t count, uint32_t group, bool sums, uintptr_t site) {
+void hold(Thread& thread, const uint32_t* registers, size_t count, uint32_t group, bool sums) {
   const auto begin = reinterpret_cast<uintptr_t>(registers), end = begin + 4 * count;
   for (InFlight& held : thread.in_flight) {
     if (held.begin == begin && held.end == end && held.sums == sums) {
       held.group = group;
       return;
     }
-    if (begin < held.end && held.begin < end && (sums || held.sums)) {
-      fail("registers of a product are in part those of another, which wait_products has not seen through", {site});
+    // factors mostly lie side by side
+    if (held.end == begin && held.group == group && !held.sums && !sums) {
+      held.end = end;
+      return;
     }
   }
   thread.in_flight.push_back({begin, end, group, sums});
@@ -270,12 +266,12 @@ void multiply(Block& block, const Statement& s, Frame* const* frames, Thread* th
   for (size_t i = 0; i < kWarpgroup; ++i) {
     p.sums[i] = array_of(*frames[i], s.groups[0], site);
     if (p.held) std::memcpy(p.factor[i].data(), array_of(*frames[i], s.groups[1], site), 16);
-    if (p.held) hold(threads[i], array_of(*frames[i], s.groups[1], site), 4, p.group, false, site);
+    if (p.held) hold(threads[i], array_of(*frames[i], s.groups[1], site), 4, p.group, false);
     if (options().latest && !in_flight(threads[i], p.sums[i])) {
       if (p.add) p.kept[i].assign(p.sums[i], p.sums[i] + p.registers());
       std::memset(p.sums[i], 0xff, 4 * p.registers());
     }
-    hold(threads[i], p.sums[i], p.registers(), p.group, true, site);
+    hold(threads[i], p.sums[i], p.registers(), p.group, true);
   }
   if (!options().latest) {
     make(p, 0, 4);
@@ -291,11 +287,14 @@ void meet(Context& c, const Statement& s) {
   c.block.meet_warpgroup(s, c.frame, multiply<kValues, kColumns>, c.site);
 }
 
+void commit_products(Context& c, const Statement&) {
+  c.thread.products_begun = false;
+  ++c.thread.clock.closed[kProducts];
+}
+
 void wait_products(Context& c, const Statement& s) {
   const auto unfinished = static_cast<uint32_t>(c.frame.get(s.argument(0)));
-  const uint32_t closed = c.thread.clock.closed[kProducts];
-  uint32_t& waited = c.thread.clock.seen.waited[kProducts];
-  waited = std::max(waited, closed > unfinished ? closed - unfinished : 0);
+  const uint32_t waited = c.thread.clock.wait(kProducts, unfinished);
   std::erase_if(c.thread.in_flight, [&](const InFlight& held) { return held.group <= waited; });
   const int warp = c.thread.warp % 4;
   std::erase_if(c.block.products[static_cast<size_t>(c.thread.warp)], [&](const std::shared_ptr<Product>& product) {
@@ -311,8 +310,6 @@ void check_registers(Context& c, const Statement& s) {
   }
 }
 
-using Table = std::unordered_map<std::string, Statement::Handler>;
-
 template <int kColumns>
 void add_shape(Table& table) {
   const std::string shape = "wgmma.mma_async.sync.aligned.m64n" + std::to_string(kColumns);
@@ -321,31 +318,20 @@ void add_shape(Table& table) {
   table[shape + "k256.s32.b1.b1.and.popc"] = meet<Values::kBits, kColumns>;
 }
 
-const Table& handlers() {
-  static const Table table = [] {
-    Table made;
-    add_shape<64>(made);
-    add_shape<96>(made);
-    add_shape<128>(made);
-    add_shape<256>(made);
-    made["wgmma.fence.sync.aligned"] = [](Context& c, const Statement&) { c.thread.products_begun = true; };
-    made["wgmma.commit_group.sync.aligned"] = [](Context& c, const Statement&) {
-      c.thread.products_begun = false;
-      ++c.thread.clock.closed[kProducts];
-    };
-    made["wgmma.wait_group.sync.aligned"] = wait_products;
-    made["setmaxnreg.inc.sync.aligned.u32"] = check_registers;
-    made["setmaxnreg.dec.sync.aligned.u32"] = check_registers;
-    return made;
-  }();
-  return table;
-}
-
 }  // namespace
 
-Statement::Handler warpgroup_handler(const std::string& opcode) {
-  const auto found = handlers().find(opcode);
-  return found == handlers().end() ? nullptr : found->second;
+void add_warpgroup_instructions(Table& table) {
+  add_shape<64>(table);
+  add_shape<96>(table);
+  add_shape<128>(table);
+  add_shape<256>(table);
+  table.insert({
+      {"wgmma.fence.sync.aligned", [](Context& c, const Statement&) { c.thread.products_begun = true; }},
+      {"wgmma.commit_group.sync.aligned", commit_products},
+      {"wgmma.wait_group.sync.aligned", wait_products},
+      {"setmaxnreg.inc.sync.aligned.u32", check_registers},
+      {"setmaxnreg.dec.sync.aligned.u32", check_registers},
+  });
 }
 
 }  // namespace emulation

@@ -12,6 +12,18 @@
 namespace emulation {
 namespace {
 
+const Table& instructions() {
+  static const Table table = [] {
+    Table made;
+    for (const auto add : {add_scalar_instructions, add_memory_instructions, add_warp_instructions,
+                           add_matrix_instructions, add_bulk_instructions, add_warpgroup_instructions}) {
+      add(made);
+    }
+    return made;
+  }();
+  return table;
+}
+
 // Reads a text of statements: `op.suffix a, {b, c}, [d+4];`, `@p op …;`, `.reg .pred p, q;`, and blocks in braces.
 class Parser {
  public:
@@ -144,8 +156,9 @@ class Parser {
       found.guard = guard.index;
     }
     found.opcode = word();
-    found.handler = find_handler(found.opcode);
-    if (found.handler == nullptr) refuse("the emulation does not know `" + found.opcode + "`");
+    const auto known = instructions().find(found.opcode);
+    if (known == instructions().end()) refuse("the emulation does not know `" + found.opcode + "`");
+    found.handler = known->second;
     if (!peek(';')) {
       do found.groups.push_back(group());
       while (peek(','));
@@ -191,14 +204,6 @@ const Program& program_of(const char* text, uintptr_t site) {
 }  // namespace
 
 Program parse(const std::string& text) { return Parser(text).parse(); }
-
-Statement::Handler find_handler(const std::string& opcode) {
-  for (const auto find :
-       {scalar_handler, memory_handler, warp_handler, matrix_handler, bulk_handler, warpgroup_handler}) {
-    if (const Statement::Handler handler = find(opcode)) return handler;
-  }
-  return nullptr;
-}
 
 uint64_t Frame::get(const Argument& argument) const {
   switch (argument.kind) {

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "block.h"
@@ -54,13 +55,13 @@ using Program = std::vector<Statement>;
 // Throws std::invalid_argument for what it cannot read or does not know.
 Program parse(const std::string& text);
 
-// The handler of an opcode, null if the emulation does not know it.
-Statement::Handler find_handler(const std::string& opcode);
-Statement::Handler scalar_handler(const std::string& opcode);
-Statement::Handler memory_handler(const std::string& opcode);
-Statement::Handler warp_handler(const std::string& opcode);
-Statement::Handler matrix_handler(const std::string& opcode);
-Statement::Handler bulk_handler(const std::string& opcode);
-Statement::Handler warpgroup_handler(const std::string& opcode);
+// What is known, by opcode.
+using Table = std::unordered_map<std::string, Statement::Handler>;
+void add_scalar_instructions(Table& table);
+void add_memory_instructions(Table& table);
+void add_warp_instructions(Table& table);
+void add_matrix_instructions(Table& table);
+void add_bulk_instructions(Table& table);
+void add_warpgroup_instructions(Table& table);
 
 }  // namespace emulation

@@ -1,10 +1,9 @@
 // The host's side of copies of boxes: cuTensorMapEncodeTiled, with what its documentation says that it refuses.
-#include "tensor_maps.h"
-
 #include <cstring>
 #include <stdexcept>
 #include <string>
 
+#include "bulk.h"
 #include "emulation.h"
 
 namespace emulation {

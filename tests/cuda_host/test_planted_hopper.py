@@ -40,7 +40,7 @@ BUGS = {
     "sums_used_early": (10, "sums are touched before wait_products"),
     "factor_overwritten": (11, "a factor is overwritten before wait_products"),
     "begin_missing": (12, "a product without begin_products"),
-    "barriers_not_published": (13, "the copy engine was not shown"),
+    "barriers_not_published": (13, "the copy engine was not shown .publish_barriers."),
     "barriers_not_synced": (14, "its beginning by thread 0 are not ordered|a barrier that was not begun"),
     "box_reused": (15, NOT_ORDERED.format("a write", "thread [0-9]+", "a read", STORE)),
     "warp_missing": (16, "deadlock(.|\n)*threads 128-159, 192-255 wait for wgmma"),

@@ -1,5 +1,5 @@
 // Barriers in shared memory, whose phases end by arrivals and by the bytes that copies bring (mbarrier), and the copies
-// of boxes.
+// of boxes by tensor maps.
 #pragma once
 
 #include <cstdint>
@@ -8,12 +8,25 @@
 #include <vector>
 
 #include "clocks.h"
-#include "tensor_maps.h"
 
 namespace emulation {
 
 class Block;
-struct Thread;
+
+// A tensor map as the emulation writes it into the driver's 128 bytes.
+struct BoxMap {
+  static constexpr uint64_t kMark = 0x70616d2078617562;  // told apart from bytes that nobody encoded
+  uint64_t mark, data;
+  uint64_t strides[5];  // bytes
+  uint32_t last[5];     // the largest coordinate inside the tensor
+  uint16_t box[5];
+  uint8_t rank, element_bytes, swizzled;
+
+  uint32_t row_bytes() const { return uint32_t{box[0]} * element_bytes; }
+  uint32_t rows() const { return uint32_t{1} * box[1] * box[2] * box[3] * box[4]; }
+  uint32_t bytes() const { return row_bytes() * rows(); }
+};
+static_assert(sizeof(BoxMap) <= 128);
 
 struct PhaseBarrier {
   uint32_t address, count;
@@ -26,48 +39,37 @@ struct PhaseBarrier {
   TimesMet seen, published;  // by those whose arrivals ended the phase before
   bool unawaited = false;    // copies of that phase, by anybody
   std::vector<int> waiting;
-};
-std::string describe(const PhaseBarrier& barrier);
 
-// A copy between global memory and shared memory.
+  std::string describe() const;
+};
+
+// A copy between global memory and shared memory, either way.
 struct BoxCopy {
   BoxMap map;
   int32_t place[5];
   uint32_t shared;
   PhaseBarrier* barrier;  // of a load
   uint32_t group;         // of a store
-
-  void load() const;
-  void store() const;
 };
 
 class Phases {
  public:
-  // Of the running thread.
-  void begin(uint32_t address, uint32_t count, uintptr_t site);
-  void show_to_engine(Thread& thread);
-  void arrive(Block& block, uint32_t address, uint32_t bytes, uintptr_t site);
-  void wait(Block& block, uint32_t address, uint32_t parity, uintptr_t site);
-  void load(Block& block, BoxCopy copy, uint32_t barrier, uintptr_t site);
+  PhaseBarrier& add(uint32_t address) { return barriers_[address] = PhaseBarrier(); }
+  // As the running thread uses it.
+  PhaseBarrier& used(uint32_t address, uintptr_t site);
+  // The copy engine is shown the barriers that a thread began.
+  void show(uint32_t thread, uint32_t time);
+  void end_if_done(Block& block, PhaseBarrier& barrier);
 
+  void load(Block& block, const BoxCopy& copy);
   // Whether a copy was under way, which has landed now.
   bool land_one(Block& block, size_t draw);
   // A barrier whose copies nobody has waited for, or null: they could land after the block has ended.
   const PhaseBarrier* unawaited() const;
 
  private:
-  PhaseBarrier& used(uint32_t address, uintptr_t site);
-  void land(Block& block, const BoxCopy& copy);
-  void end_phase_if_done(Block& block, PhaseBarrier& barrier);
-
   std::map<uint32_t, PhaseBarrier> barriers_;
   std::vector<BoxCopy> under_way_;  // under `latest`
 };
-
-// Bulk stores of the running thread.
-void store_box(Block& block, Thread& thread, BoxCopy copy, uintptr_t site);
-void wait_stores_read(Thread& thread, uint32_t unfinished);
-// Nothing may use what a thread leaves behind.
-void check_end_of_thread(const Thread& thread);
 
 }  // namespace emulation
