@@ -125,13 +125,16 @@ __device__ inline void add_tile(const HopperGradientArguments& a, HopperGradient
   float scores[N][4], gains[N][4];
   uint32_t weights[Shape::kOthers / 16][4], changes[Shape::kOthers / 16][4];
   multiply_rows<T, Shape>(own_tile(shared, 0, me.group), ptx::shared_address(shared.others[stage][0]), scores);
+  if constexpr (Shape::kAhead) {
+    multiply_rows<T, Shape>(own_tile(shared, 1, me.group), ptx::shared_address(shared.others[stage][1]), gains);
+  }
   // rows of keys have but a position, which is got again rather than kept
   const HopperRows rows = Shape::kOwnKeys ? rows_of<Shape>(a, item) : of_item;
   const HopperTile tile = tile_at(a, shared, item, stage, me.lane);
   const bool all =
       !a.rule.formed && all_pair<Shape::kOthers>(item.rows[me.group], tile.window, has_positions<Shape>(a.rule),
                                                  tile.coordinate, tile.valid);
-  ptx::wait_products<0>();
+  ptx::wait_products<Shape::kAhead ? 1 : 0>();
   ptx::settle(scores);
   if (a.rule.formed) {
     weigh<T, Shape, true, true>(a.rule, tile, rows, scores, weights);
@@ -141,13 +144,15 @@ __device__ inline void add_tile(const HopperGradientArguments& a, HopperGradient
     weigh<T, Shape, true, false>(a.rule, tile, rows, scores, weights);
   }
   const Place still = place_of_thread();
-  multiply_rows<T, Shape>(own_tile(shared, 1, still.group), ptx::shared_address(shared.others[stage][1]), gains);
+  const auto multiply_gains = [&] {
+    multiply_rows<T, Shape>(own_tile(shared, 1, still.group), ptx::shared_address(shared.others[stage][1]), gains);
+  };
+  if constexpr (!Shape::kAhead && !Shape::kSplit) multiply_gains();
   if constexpr (Shape::kOwnKeys) {
     add_products<T, Shape>(weights, columns_of_group(shared, stage, 1, still.group), of_second);
-    ptx::wait_products<1>();
-  } else {
-    ptx::wait_products<0>();
   }
+  if constexpr (!Shape::kAhead && Shape::kSplit) multiply_gains();
+  ptx::wait_products<Shape::kOwnKeys && !Shape::kSplit ? 1 : 0>();
   ptx::settle(gains);
   if (is_last(a, item, shared.tiles[stage], still.group)) {
     give_free(shared.ring, place_of_item<Shape>(0), still.lane);

@@ -24,6 +24,8 @@ struct HopperGradientShape {
   static constexpr int kSums = kSplit ? 128 : D;  // columns that a warpgroup sums
   static constexpr int kOwn = kSplit ? kGroupRows : kGradientGroups * kGroupRows;
   static constexpr int kOthers = kOwnKeys || kSplit ? 64 : 128;  // rows of a tile of the other side
+  // The second product is under way while weights are formed where registers suffice.
+  static constexpr bool kAhead = !(kOwnKeys && kSums == 128);
   static constexpr uint32_t kOwnBytes = kPanels * panel_bytes(kOwn), kOtherBytes = kPanels * panel_bytes(kOthers);
   static constexpr int kStages = kOtherBytes == 32768 ? 2 : 4;
   static constexpr int kPlaces = kStages + 1;  // of a ring: the last one is of the own rows
