@@ -4,6 +4,7 @@ runs in a process of its own."""
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,9 @@ from embedding_kernels.numpy import _host
 
 ROOT = Path(__file__).parents[2]
 LEVELS = _host.isa_levels()
+FAMILIES = ("anchor_scores", "attention", "hamming", "latent_attention", "norm", "paragraph_vector", "pooling")
+#: with loops for the tile unit (TILE_LOOPS of CMakeLists.txt); the others have no other loops at amx than at avx512
+FAMILIES_WITH_TILES = ("attention", "hamming")
 
 
 def run(level: str, *command: str) -> subprocess.CompletedProcess[str]:
@@ -21,11 +25,18 @@ def run(level: str, *command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, cwd=ROOT)
 
 
+def test_families_with_loops_for_the_tile_unit():
+    found = re.search(r"set\(TILE_LOOPS (.*?)\)", (ROOT / "CMakeLists.txt").read_text(), re.S)
+    assert found
+    families = {re.sub(r"(_backward)?_loops$", "", Path(source).stem) for source in found.group(1).split()}
+    assert families == set(FAMILIES_WITH_TILES)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("level", [level for level in LEVELS if level != _host.isa()])
 def test_suites(level):
-    families = ("anchor_scores", "attention", "hamming", "latent_attention", "norm", "paragraph_vector", "pooling")
-    suites = [f"tests/{family}" for family in families]
+    tiles_apart = {level, _host.isa()} == {"avx512", "amx"}
+    suites = [f"tests/{family}" for family in (FAMILIES_WITH_TILES if tiles_apart else FAMILIES)]
     result = run(level, "-m", "pytest", "-q", "-m", "not slow", "--backend", "cpu", "-p", "no:cacheprovider", *suites)
     assert result.returncode == 0, result.stdout[-4000:]
     assert " passed" in result.stdout.splitlines()[-1]
