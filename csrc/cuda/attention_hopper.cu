@@ -337,8 +337,15 @@ __device__ inline void write_rows(const HopperArguments& a, unsigned char* tile,
       ptx::store_box5(&a.out, place, rows.tile + panel * panel_bytes(kGroupRows) + first * kPanelRow);
     }
     ptx::commit_stores();
-    ptx::wait_stores_read<0>();
   }
+}
+
+// Gives a place of queries back when the output that followed them there has been read.
+template <class Shape>
+__device__ inline void free_queries(HopperShared<Shape>& shared, const RingPlace<Shape::kQueryStages>& place,
+                                    int lane) {
+  if (lane == 0) ptx::wait_stores_read<0>();
+  give_free(shared.query_ring, place, lane);
 }
 
 // Turns the queries, which have arrived, and takes their positions.
@@ -366,12 +373,16 @@ __device__ inline void take_queries(const HopperArguments& a, unsigned char* til
 template <class T, class Shape>
 __device__ inline void consume(const HopperArguments& a, HopperShared<Shape>& shared, int group, int thread) {
   const int warp = thread / kWarp, lane = thread % kWarp;
-  RingPlace<Shape::kQueryStages> queries;
+  // with a second place for queries the first is not waited for before the next item has come
+  constexpr bool kAtOnce = Shape::kQueryStages == 1;
+  RingPlace<Shape::kQueryStages> queries, before;
   RingPlace<Shape::kStages> tiles;
+  bool any_before = false;
   if (group != 0) end_turn<Shape>(group);  // the first turn is the first one's
 #pragma unroll 1
   for (;; queries.advance()) {
     wait_full(shared.query_ring, queries);
+    if (!kAtOnce && any_before) free_queries(shared, before, lane);
     const Item& item = shared.items[queries.stage];
     GroupRows<Shape> rows;
     rows.head = item.head;
@@ -394,7 +405,9 @@ __device__ inline void consume(const HopperArguments& a, HopperShared<Shape>& sh
     pass_tiles(shared, group, count - span.last, tiles, lane);
     if (rows.own.count > 0) write_rows<T>(a, tile, rows, warp, lane, gathered);
     ptx::sync_warp();
-    give_free(shared.query_ring, queries, lane);
+    if (kAtOnce) free_queries(shared, queries, lane);
+    before = queries;
+    any_before = true;
   }
   if (group == 0) begin_turn<Shape>(group);  // nothing is left at the barrier
 }
