@@ -89,6 +89,11 @@ void thread_main() {
   leave();
 }
 
+std::string text_of(const Block& block) {
+  const dim3 at = block.index;
+  return "block (" + std::to_string(at.x) + ", " + std::to_string(at.y) + ", " + std::to_string(at.z) + ")";
+}
+
 std::string range_text(const std::vector<int>& sorted) {
   std::string text;
   for (size_t i = 0; i < sorted.size();) {
@@ -125,9 +130,7 @@ void fail(const std::string& what, std::initializer_list<uintptr_t> sites) {
   Thread& thread = *current_thread;
   failing = true;
   failed = true;
-  failure = what + "\n  block (" + std::to_string(current_block->index.x) + ", " +
-            std::to_string(current_block->index.y) + ", " + std::to_string(current_block->index.z) + "), thread " +
-            std::to_string(thread.index);
+  failure = what + "\n  " + text_of(*current_block) + ", thread " + std::to_string(thread.index);
   for (uintptr_t site : sites) {
     if (site != 0) failure += "\n  " + describe_site(site);
   }
@@ -249,15 +252,13 @@ void Block::report_end() {
     if (found == waiting.end()) found = waiting.insert(found, {where, {}});
     found->second.push_back(thread.index);
   }
-  const std::string block =
-      "block (" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " + std::to_string(index.z) + ")";
   const PhaseBarrier* const unawaited = phases.unawaited();
   failed = !waiting.empty() || unawaited != nullptr;
   if (waiting.empty()) {
-    if (failed) failure = block + " ends, and nobody has waited for copies: " + unawaited->describe();
+    if (failed) failure = text_of(*this) + " ends, and nobody has waited for copies: " + unawaited->describe();
     return;
   }
-  failure = "deadlock in " + block;
+  failure = "deadlock in " + text_of(*this);
   for (const auto& [where, who] : waiting) failure += "\n  threads " + range_text(who) + " wait for " + where;
   if (!finished.empty()) failure += "\n  threads " + range_text(finished) + " have ended";
 }
@@ -275,8 +276,7 @@ void Block::barrier(uint32_t name, uint32_t count, bool waits, uintptr_t site) {
              std::to_string(count) + " threads",
          {site});
   }
-  at.arrived.push_back({thread.agents, thread.clock.seen, thread.clock.published});
-  ++thread.clock.seen.own;
+  at.arrived.push_back(thread.clock.arrive(thread.agents));
   if (waits) at.waiting.push_back(thread.index);
   // a block whose last warp is not full counts that warp as whole
   const auto missing = static_cast<size_t>(
@@ -355,14 +355,13 @@ void Block::meet_warpgroup(const Statement& statement, Frame& mine, ActOfWarpgro
 void Block::order_lanes(Thread* const (&threads)[32]) {
   std::vector<Arrival> arrivals;
   for (Thread* thread : threads) {
-    if (thread != nullptr) arrivals.push_back({thread->agents, thread->clock.seen, thread->clock.published});
+    if (thread != nullptr) arrivals.push_back(thread->clock.arrive(thread->agents));
   }
   const TimesMet seen = join(arrivals, &Arrival::seen), published = join(arrivals, &Arrival::published);
   for (Thread* thread : threads) {
     if (thread == nullptr) continue;
     thread->clock.seen.met = seen;
     thread->clock.published.met = published;
-    ++thread->clock.seen.own;
   }
 }
 

@@ -40,23 +40,28 @@ struct Knowledge {
   }
 };
 
+// What a thread gives to others when it arrives somewhere.
+struct Arrival {
+  Agents agents;
+  Knowledge seen, published;
+};
+
 struct Clock {
   Knowledge seen;
   // of it, what the asynchronous proxy (copies of boxes, products of warpgroups) sees of ordinary stores
   Knowledge published;
   uint32_t closed[kBesides] = {};  // groups
 
+  Arrival arrive(const Agents& mine) {
+    const Arrival arrival = {mine, seen, published};
+    ++seen.own;
+    return arrival;
+  }
   // Up to which group all are finished, when a thread has waited until at most the last `unfinished` are not.
   uint32_t wait(Beside what, uint32_t unfinished) {
     uint32_t& waited = seen.waited[what];
     return waited = std::max(waited, closed[what] > unfinished ? closed[what] - unfinished : 0);
   }
-};
-
-// What a thread gives to others when it arrives somewhere.
-struct Arrival {
-  Agents agents;
-  Knowledge seen, published;
 };
 
 // The later of each agent's times.

@@ -59,16 +59,13 @@ void for_each_piece(const BoxCopy& copy, const BoxRow& row, Act act) {
   }
 }
 
-enum class Direction { kLoad, kStore };
-
-void move(const BoxCopy& copy, Direction direction) {
-  const auto begin = reinterpret_cast<void*>(from_shared_window(copy.shared));
-  if (direction == Direction::kLoad) std::memset(begin, 0, copy.map.bytes());
+void move(const BoxCopy& copy) {
+  const bool loads = copy.barrier != nullptr;
+  if (loads) std::memset(reinterpret_cast<void*>(from_shared_window(copy.shared)), 0, copy.map.bytes());
   for_each_row(copy, [&](const BoxRow& row) {
-    for_each_piece(copy, row, [&](uintptr_t at, uint32_t byte, uint32_t bytes) {
-      auto* const there = reinterpret_cast<void*>(row.address + byte - row.begin);
-      auto* const here = reinterpret_cast<void*>(at);
-      std::memcpy(direction == Direction::kLoad ? here : there, direction == Direction::kLoad ? there : here, bytes);
+    for_each_piece(copy, row, [&](uintptr_t here, uint32_t byte, uint32_t bytes) {
+      const uintptr_t there = row.address + byte - row.begin;
+      std::memcpy(reinterpret_cast<void*>(loads ? here : there), reinterpret_cast<void*>(loads ? there : here), bytes);
     });
   });
 }
@@ -125,8 +122,7 @@ void arrive(Context& c, const Statement& s) {
   if (barrier.arrived.size() == barrier.count) fail("too many arrivals: " + barrier.describe(), {c.site});
   if (Expects) barrier.expected += word(c, s.argument(2));
   if (barrier.expected > kMostBytes) fail("more than 2^20 - 1 bytes are expected: " + barrier.describe(), {c.site});
-  barrier.arrived.push_back({c.thread.agents, c.thread.clock.seen, c.thread.clock.published});
-  ++c.thread.clock.seen.own;
+  barrier.arrived.push_back(c.thread.clock.arrive(c.thread.agents));
   c.block.phases.end_if_done(c.block, barrier);
 }
 
@@ -150,9 +146,7 @@ void load_box(Context& c, const Statement& s) {
   PhaseBarrier& barrier = c.block.phases.used(word(c, s.argument(2)), c.site);
   const Clock& clock = c.thread.clock;
   if (barrier.shown_at == 0 || !clock.seen.has(c.thread.agents, barrier.begun_by, barrier.shown_at)) {
-    fail("the copy engine was not shown (publish_barriers) the beginning of the barrier in " +
-             place_in_shared(barrier.address),
-         {c.site});
+    fail("the copy engine was not shown by publish_barriers: " + barrier.describe(), {c.site});
   }
   const uint32_t bytes = copy.map.bytes(), time = barrier.phase + 1;
   if (barrier.issued + bytes > barrier.expected) {
@@ -164,7 +158,7 @@ void load_box(Context& c, const Statement& s) {
   if (barrier.agent == kNobody) {
     barrier.agent = c.block.new_agent("a copy for the barrier in " + place_in_shared(barrier.address));
   }
-  const Witness witness = {c.thread.agents, clock.seen, clock.published};
+  const Witness witness = {c.thread.agents, clock};
   for_each_row(copy, [&](const BoxRow& row) {
     if (row.begin == row.end) return;
     access_by_engine(witness, barrier.agent, time, row.address, row.end - row.begin, Access::kRead, c.site);
@@ -182,7 +176,7 @@ void store_box(Context& c, const Statement& s) {
     thread.written = c.block.new_agent("the global side of a bulk store of thread " + std::to_string(thread.index));
   }
   thread.last_store = copy.group = thread.clock.closed[kStores] + 1;
-  const Witness witness = {thread.agents, thread.clock.seen, thread.clock.published};
+  const Witness witness = {thread.agents, thread.clock};
   for_each_row(copy, [&](const BoxRow& row) {
     if (row.begin == row.end) return;
     for_each_piece(copy, row, [&](uintptr_t at, uint32_t, uint32_t bytes) {
@@ -193,14 +187,14 @@ void store_box(Context& c, const Statement& s) {
   });
   thread.stores.push_back(copy);
   if (options().latest) return;
-  move(copy, Direction::kStore);
+  move(copy);
   thread.stores.clear();
 }
 
 void wait_stores_read(Context& c, const Statement& s) {
   const uint32_t waited = c.thread.clock.wait(kStores, word(c, s.argument(0)));
   std::erase_if(c.thread.stores, [&](const BoxCopy& copy) {
-    if (copy.group <= waited) move(copy, Direction::kStore);
+    if (copy.group <= waited) move(copy);
     return copy.group <= waited;
   });
 }
@@ -218,8 +212,8 @@ PhaseBarrier& Phases::used(uint32_t address, uintptr_t site) {
   if (found == barriers_.end()) fail("a barrier that was not begun, in " + place_in_shared(address), {site});
   PhaseBarrier& barrier = found->second;
   if (!current_thread->clock.seen.has(current_thread->agents, barrier.begun_by, barrier.begun_at)) {
-    fail("race: a use of the barrier in " + place_in_shared(address) + " and its beginning by thread " +
-             std::to_string(barrier.begun_by) + " are not ordered",
+    fail("race: a use and the beginning, by thread " + std::to_string(barrier.begun_by) +
+             ", are not ordered: " + barrier.describe(),
          {site});
   }
   return barrier;
@@ -263,7 +257,7 @@ bool Phases::land_one(Block& block, size_t draw) {
   const auto place = under_way_.begin() + static_cast<std::ptrdiff_t>(draw % under_way_.size());
   const BoxCopy copy = *place;
   under_way_.erase(place);
-  move(copy, Direction::kLoad);
+  move(copy);
   copy.barrier->landed += copy.map.bytes();
   end_if_done(block, *copy.barrier);
   return true;

@@ -53,8 +53,6 @@ struct Halves {
   using Value = float;
   using Sum = float;
   static Value get(uint32_t bits, int j) { return Widen(static_cast<uint16_t>(bits >> 16 * j)); }
-  static Sum from(uint32_t bits) { return std::bit_cast<float>(bits); }
-  static uint32_t to(Sum sum) { return std::bit_cast<uint32_t>(sum); }
 };
 struct Tf32 {
   static constexpr int kDepth = 8, kValues = 1;
@@ -62,16 +60,12 @@ struct Tf32 {
   using Sum = float;
   // the lower bits are not looked at
   static Value get(uint32_t bits, int) { return std::bit_cast<float>(bits & ~0x1fffu); }
-  static Sum from(uint32_t bits) { return std::bit_cast<float>(bits); }
-  static uint32_t to(Sum sum) { return std::bit_cast<uint32_t>(sum); }
 };
 struct Bytes {
   static constexpr int kDepth = 32, kValues = 4;
   using Value = int32_t;
   using Sum = uint32_t;
   static Value get(uint32_t bits, int j) { return static_cast<int8_t>(bits >> 8 * j); }
-  static Sum from(uint32_t bits) { return bits; }
-  static uint32_t to(Sum sum) { return sum; }
 };
 // One bit each; the product is AND, the sum counts.
 struct Bits {
@@ -79,8 +73,6 @@ struct Bits {
   using Value = uint32_t;
   using Sum = uint32_t;
   static Value get(uint32_t bits, int j) { return bits >> j & 1; }
-  static Sum from(uint32_t bits) { return bits; }
-  static uint32_t to(Sum sum) { return sum; }
 };
 
 // D [16 × 8] = A [16 × K] B [K × 8] + C, of the whole warp.
@@ -97,7 +89,8 @@ void multiply_all(Block&, const Statement& s, Frames& frames, Threads&) {
         a[e.row][e.column] = Type::get(bits, j);
       }
       const Element e = accumulator(Lane(lane), i);
-      sums[e.row][e.column] = Type::from(word(frames[lane], s.groups[3][static_cast<size_t>(i)]));
+      sums[e.row][e.column] =
+          std::bit_cast<typename Type::Sum>(word(frames[lane], s.groups[3][static_cast<size_t>(i)]));
     }
     for (int i = 0; i < 2; ++i) {
       const uint32_t bits = word(frames[lane], s.groups[2][static_cast<size_t>(i)]);
@@ -116,7 +109,7 @@ void multiply_all(Block&, const Statement& s, Frames& frames, Threads&) {
   for (int lane = 0; lane < 32; ++lane) {
     for (int i = 0; i < 4; ++i) {
       const Element e = accumulator(Lane(lane), i);
-      frames[lane]->set(s.groups[0][static_cast<size_t>(i)], Type::to(sums[e.row][e.column]));
+      frames[lane]->set(s.groups[0][static_cast<size_t>(i)], std::bit_cast<uint32_t>(sums[e.row][e.column]));
     }
   }
 }

@@ -37,7 +37,7 @@ struct Product {
 
 namespace {
 
-constexpr int kRows = 64, kMostColumns = 256, kWarp = 32, kWords = 8;  // 256 bits are the depth of any product
+constexpr int kRows = 64, kMostColumns = 256, kWarp = 32;
 
 // The pieces of 16 bytes of rows [first, last) of a factor: their address, and the values that they begin with.
 template <class Act>
@@ -59,13 +59,7 @@ void for_each_piece(const Product::Factor& factor, const Product& product, int f
 }
 
 float widened(Values values, uint16_t bits) {
-  if (values == Values::kBfloat16) return from_bfloat16(bits);
-  static const std::vector<float> table = [] {
-    std::vector<float> made(1 << 16);
-    for (uint32_t i = 0; i < made.size(); ++i) made[i] = from_float16(static_cast<uint16_t>(i));
-    return made;
-  }();
-  return table[bits];
+  return values == Values::kBfloat16 ? from_bfloat16(bits) : from_float16(bits);
 }
 
 // Calls `set(outer, along, value)` for every value of rows [first, last).
@@ -164,31 +158,28 @@ void make(const Product& product, int first, int last) {
 
 // The least that any of them knows.
 TimesMet common(const Thread* threads, Knowledge Clock::* which) {
-  std::vector<TimesMet> met;
-  for (int i = 0; i < kWarpgroup; ++i) {
+  TimesMet last = (threads[0].clock.*which).met, least = last;
+  for (int i = 1; i < kWarpgroup; ++i) {
     const TimesMet& times = (threads[i].clock.*which).met;
-    if (met.empty() || (met.back() != times && std::find(met.begin(), met.end(), times) == met.end())) {
-      met.push_back(times);
+    if (times == last) continue;
+    last = times;
+    auto less = std::make_shared<Times>(*least);
+    for (uint32_t agent = 0; agent < less->size(); ++agent) {
+      (*less)[agent] = std::min((*less)[agent], time_of(*times, agent));
     }
-  }
-  if (met.size() == 1) return met[0];
-  auto least = std::make_shared<Times>(*met[0]);
-  for (const TimesMet& times : met) {
-    for (uint32_t agent = 0; agent < least->size(); ++agent) {
-      (*least)[agent] = std::min((*least)[agent], time_of(*times, agent));
-    }
+    least = less;
   }
   return least;
 }
 
 void check_reads(Block& block, const Product& product, const Thread* threads, uintptr_t site) {
   const Agents nobody;
-  Knowledge seen, published;
-  seen.met = common(threads, &Clock::seen);
-  published.met = common(threads, &Clock::published);
+  Clock all;
+  all.seen.met = common(threads, &Clock::seen);
+  all.published.met = common(threads, &Clock::published);
   const uint32_t agent = block.agent_of_products(threads[0].index / kWarpgroup);
   const auto read = [&](uintptr_t address, int, int) {
-    access_by_engine({nobody, seen, published}, agent, product.group, address, 16, Access::kRead, site);
+    access_by_engine({nobody, all}, agent, product.group, address, 16, Access::kRead, site);
   };
   if (!product.held) for_each_piece(product.left, product, 0, kRows, read);
   for_each_piece(product.right, product, 0, product.columns, read);
@@ -248,20 +239,22 @@ void check_agreement(const Statement& s, Frame* const* frames, const Thread* thr
   }
 }
 
-template <Values kValues, int kColumns>
 void multiply(Block& block, const Statement& s, Frame* const* frames, Thread* threads, uintptr_t site) {
   const auto product = std::make_shared<Product>();
   Product& p = *product;
-  p.values = kValues;
-  p.columns = kColumns;
+  const auto has = [&](const std::string& part) { return s.opcode.find(part) != std::string::npos; };
+  p.values = has(".b1.") ? Values::kBits : has(".bf16.") ? Values::kBfloat16 : Values::kFloat16;
+  p.columns = 2 * static_cast<int>(s.groups[0].size());
+  if (!has("n" + std::to_string(p.columns) + "k")) fail("a product with more or fewer sums than its shape", {site});
+  const bool bits = p.values == Values::kBits;
   p.held = s.groups[1].size() == 4;
   check_agreement(s, frames, threads, p.held, site);
   p.group = threads[0].clock.closed[kProducts] + 1;
   const auto value = [&](size_t group) { return frames[0]->get(s.argument(group)); };
   p.add = value(3) != 0;
-  if (kValues != Values::kBits && (value(4) != 1 || value(5) != 1)) fail("a negated product is not emulated", {site});
-  if (!p.held) p.left = factor_of(value(1), kValues != Values::kBits && value(6) != 0, site);
-  p.right = factor_of(value(2), kValues != Values::kBits && value(p.held ? 6 : 7) != 0, site);
+  if (!bits && (value(4) != 1 || value(5) != 1)) fail("a negated product is not emulated", {site});
+  if (!p.held) p.left = factor_of(value(1), !bits && value(6) != 0, site);
+  p.right = factor_of(value(2), !bits && value(p.held ? 6 : 7) != 0, site);
   check_reads(block, p, threads, site);
   for (size_t i = 0; i < kWarpgroup; ++i) {
     p.sums[i] = array_of(*frames[i], s.groups[0], site);
@@ -280,11 +273,6 @@ void multiply(Block& block, const Statement& s, Frame* const* frames, Thread* th
   for (int warp = 0; warp < 4; ++warp) {
     block.products[static_cast<size_t>(threads[0].warp + warp)].push_back(product);
   }
-}
-
-template <Values kValues, int kColumns>
-void meet(Context& c, const Statement& s) {
-  c.block.meet_warpgroup(s, c.frame, multiply<kValues, kColumns>, c.site);
 }
 
 void commit_products(Context& c, const Statement&) {
@@ -310,21 +298,16 @@ void check_registers(Context& c, const Statement& s) {
   }
 }
 
-template <int kColumns>
-void add_shape(Table& table) {
-  const std::string shape = "wgmma.mma_async.sync.aligned.m64n" + std::to_string(kColumns);
-  table[shape + "k16.f32.bf16.bf16"] = meet<Values::kBfloat16, kColumns>;
-  table[shape + "k16.f32.f16.f16"] = meet<Values::kFloat16, kColumns>;
-  table[shape + "k256.s32.b1.b1.and.popc"] = meet<Values::kBits, kColumns>;
-}
-
 }  // namespace
 
 void add_warpgroup_instructions(Table& table) {
-  add_shape<64>(table);
-  add_shape<96>(table);
-  add_shape<128>(table);
-  add_shape<256>(table);
+  for (const std::string columns : {"64", "96", "128", "256"}) {
+    for (const char* values : {"k16.f32.bf16.bf16", "k16.f32.f16.f16", "k256.s32.b1.b1.and.popc"}) {
+      table["wgmma.mma_async.sync.aligned.m64n" + columns + values] = [](Context& c, const Statement& s) {
+        c.block.meet_warpgroup(s, c.frame, multiply, c.site);
+      };
+    }
+  }
   table.insert({
       {"wgmma.fence.sync.aligned", [](Context& c, const Statement&) { c.thread.products_begun = true; }},
       {"wgmma.commit_group.sync.aligned", commit_products},

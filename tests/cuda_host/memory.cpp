@@ -126,17 +126,19 @@ Region& region_of(uintptr_t address, size_t bytes, Access kind, uintptr_t site) 
   report_stray(address, bytes, kind, site);
 }
 
+constexpr const char *kRead = "a read", *kWrite = "a write", *kAtomic = "an atomic";
+
 struct Actor {
   const Witness& witness;
   uint32_t agent, time;
   uintptr_t site;
   bool engine;
 
-  bool knows(const Touch& touch) const { return has(witness.seen, touch); }
+  bool knows(const Touch& touch) const { return has(witness.clock.seen, touch); }
   // An ordinary store that the asynchronous proxy may not see yet.
   bool lacks(const Touch& touch, bool shared) const {
     // no kernel has a fence for global memory
-    return engine && current_block->is_ordinary(touch.agent) && !(shared && has(witness.published, touch));
+    return engine && current_block->is_ordinary(touch.agent) && !(shared && has(witness.clock.published, touch));
   }
 
  private:
@@ -149,55 +151,44 @@ struct Actor {
   }
 };
 
-[[noreturn]] void report_race(const Actor& actor, const Region& region, uintptr_t address, const char* now,
-                              const char* before, const Touch& touch) {
-  fail(std::string("race: ") + now + " by " + current_block->name_of(actor.agent) + " and " + before + " by " +
-           current_block->name_of(touch.agent) + " are not ordered, at " + place_of(region, address),
-       {actor.site, image_base + touch.site});
+[[noreturn]] void report(const std::string& what, const Actor& actor, const Region& region, uintptr_t address,
+                         const Touch& before) {
+  fail(what + ", at " + place_of(region, address), {actor.site, image_base + before.site});
 }
 
-[[noreturn]] void report_blocks(const Actor& actor, const Region& region, uintptr_t address, const char* what,
-                                const Touch& touch) {
-  fail(std::string("two blocks: ") + what + " block number " + std::to_string(touch.block - 1) + ", at " +
-           place_of(region, address),
-       {actor.site, image_base + touch.site});
-}
+std::string by(const char* what, uint32_t agent) { return what + (" by " + current_block->name_of(agent)); }
 
-// A write, or an atomic, that came before this access must be known to it.
+// What came before this access, another block's or not, must be known to it.
 void check_against(const Touch& before, const char* what, const Actor& actor, const Region& region, uintptr_t address,
                    Access kind) {
   if (before.block == 0) return;
-  if (before.agent == kBarrierItself) {
-    fail("an access of " + place_of(region, address) + ", where a barrier was begun",
-         {actor.site, image_base + before.site});
-  }
+  if (before.agent == kBarrierItself) report("an access where a barrier was begun", actor, region, address, before);
+  const bool reads = kind == Access::kRead;
   if (before.block != current_block->number) {
-    report_blocks(actor, region, address,
-                  kind == Access::kRead ? "this one reads a byte that was written by"
-                                        : "this one writes a byte that was written by",
-                  before);
+    report(std::string("two blocks: this one ") + (reads ? "reads" : "writes") + " a byte that was " +
+               (what == kRead ? "read" : "written") + " by block number " + std::to_string(before.block - 1),
+           actor, region, address, before);
   }
+  const char* const now = reads ? "a read" : "a write";
   if (!actor.knows(before)) {
-    report_race(actor, region, address, kind == Access::kRead ? "a read" : "a write", what, before);
+    report("race: " + by(now, actor.agent) + " and " + by(what, before.agent) + " are not ordered", actor, region,
+           address, before);
   }
-  if (actor.lacks(before, region.shared)) {
-    fail(std::string("missing proxy fence (publish_stores) between ") + what + " by " +
-             current_block->name_of(before.agent) + " and " + (kind == Access::kRead ? "a read" : "a write") + " by " +
-             current_block->name_of(actor.agent) + ", at " + place_of(region, address),
-         {actor.site, image_base + before.site});
+  if (what != kRead && actor.lacks(before, region.shared)) {
+    report("missing proxy fence (publish_stores) between " + by(what, before.agent) + " and " + by(now, actor.agent),
+           actor, region, address, before);
   }
 }
 
 void check_against_reads(const Cell& cell, const Actor& actor, const Region& region, uintptr_t address) {
-  const uint32_t block = current_block->number;
-  if (cell.read_by_others || (cell.read.block != 0 && cell.read.block != block)) {
-    report_blocks(actor, region, address, "this one writes a byte that was read by", cell.read);
+  if (cell.read_by_others)
+    report("two blocks: this one writes a byte that others read", actor, region, address, cell.read);
+  if (cell.readers == 0 || cell.read.block != current_block->number) {
+    check_against(cell.read, kRead, actor, region, address, Access::kWrite);
+    return;
   }
-  if (cell.read.block != block) return;
-  if (cell.readers == 0 && !actor.knows(cell.read)) report_race(actor, region, address, "a write", "a read", cell.read);
   for (uint32_t at = cell.readers; at != 0; at = readings[at - 1].before) {
-    const Touch& touch = readings[at - 1].touch;
-    if (!actor.knows(touch)) report_race(actor, region, address, "a write", "a read", touch);
+    check_against(readings[at - 1].touch, kRead, actor, region, address, Access::kWrite);
   }
 }
 
@@ -272,9 +263,9 @@ void access_by(const Actor& actor, uintptr_t address, size_t bytes, Access kind)
     if (kind != Access::kWrite && region.shared && cell.write.block == 0) {
       fail("read of a byte that nobody wrote, at " + place_of(region, address + i), {actor.site});
     }
-    if (!(cell.write == checked)) check_against(cell.write, "a write", actor, region, address + i, kind);
+    if (!(cell.write == checked)) check_against(cell.write, kWrite, actor, region, address + i, kind);
     checked = cell.write;
-    if (kind != Access::kAtomic) check_against(cell.atomic, "an atomic", actor, region, address + i, kind);
+    if (kind != Access::kAtomic) check_against(cell.atomic, kAtomic, actor, region, address + i, kind);
     if (kind == Access::kRead) {
       note_read(cell, actor);
     } else {
@@ -292,13 +283,13 @@ void access(Thread& thread, uintptr_t address, size_t bytes, Access kind, uintpt
     return;
   }
   if (kind == Access::kRead && (inside(image_range, address, bytes) || inside(arguments_range, address, bytes))) return;
-  const Witness witness = {thread.agents, thread.clock.seen, thread.clock.published};
+  const Witness witness = {thread.agents, thread.clock};
   access_by({witness, static_cast<uint32_t>(thread.index), thread.clock.seen.own, site, false}, address, bytes, kind);
 }
 
 void access_by_copy(Thread& thread, uintptr_t address, size_t bytes, Access kind, uint32_t group, uintptr_t site) {
   const uint32_t agent = current_block->agent_beside(thread, kCopies);
-  const Witness witness = {thread.agents, thread.clock.seen, thread.clock.published};
+  const Witness witness = {thread.agents, thread.clock};
   access_by({witness, agent, group, site, false}, address, bytes, kind);
 }
 

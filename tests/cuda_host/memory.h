@@ -20,7 +20,7 @@ void access_by_copy(Thread& thread, uintptr_t address, size_t bytes, Access kind
 // must have been published as well.
 struct Witness {
   const Agents& agents;
-  const Knowledge &seen, &published;
+  const Clock& clock;
 };
 void access_by_engine(const Witness& witness, uint32_t agent, uint32_t time, uintptr_t address, size_t bytes,
                       Access kind, uintptr_t site);
