@@ -9,8 +9,6 @@
 namespace embedding_kernels::cuda {
 namespace {
 
-constexpr int32_t kNever = 2147483647, kAlways = -2147483647;
-
 struct FewQueries {
   static constexpr bool kOneChunk = false, kShared = false;
   static constexpr int kThreads = kParts * kWarp, kBlocks = 3;

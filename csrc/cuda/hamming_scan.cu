@@ -77,8 +77,12 @@ Scan plan_scan(const Tensor& codes, int64_t query_count) {
   s.access = bits % 16 == 0 ? 16 : bits % 4 == 0 ? 4 : 1;
   s.query_count = query_count;
   s.bins = 8 * s.width + 1;
+  if constexpr (kForHopper) {
+    if (plan_scan_on_hopper(codes, s)) return s;
+  }
   s.row_bytes = s.width <= 32 ? 32 : s.width <= 64 ? 64 : 128;
   s.chunks = static_cast<int32_t>(std::max<int64_t>(ceil_div(s.width, s.row_bytes), 1));
+  s.tile_codes = kTileCodes;
   s.tiles = ceil_div(s.count, kTileCodes);
 
   // rows of queries in shared memory, at most 64 KiB
@@ -106,6 +110,9 @@ Scan plan_scan(const Tensor& codes, int64_t query_count) {
 void visit_every(Scan& s, int64_t stride, const Tensor& codes) {
   s.tile_stride = stride;
   s.visited = ceil_div(s.tiles, stride);
+  if constexpr (kForHopper) {
+    if (s.on_hopper) return visit_every_on_hopper(s, multiprocessors(codes));
+  }
   // one wave of blocks, by shared memory and registers: every multiprocessor ends at about the same time
   const int64_t resident = s.few ? 3 : s.sharers == 1 ? 2 : 1;
   const int64_t blocks = resident * multiprocessors(codes) / s.groups;
@@ -113,6 +120,9 @@ void visit_every(Scan& s, int64_t stride, const Tensor& codes) {
 }
 
 void run_scan(const char* op, const Scan& s, cudaStream_t stream) {
+  if constexpr (kForHopper) {
+    if (s.on_hopper) return run_scan_on_hopper(op, s, stream);
+  }
   const dim3 grid(static_cast<unsigned>(s.spans / kParts * s.groups));
   const dim3 block(static_cast<unsigned>(kParts * s.sharers * kWarp));
   const auto kernel = s.few              ? scan_kernel<FewQueries>

@@ -1,4 +1,5 @@
-// One kernel goes over the codes for every search, hamming_scan.cu; here is what it is told.
+// One kernel goes over the codes for every search, hamming_scan.cu or on Hopper hamming_hopper.cu; here is what it is
+// told.
 #pragma once
 
 #include <algorithm>
@@ -42,7 +43,11 @@ struct Scan {
   // A block has kParts times `sharers` warps, each for up to queries_a_warp queries, in row_tiles fragments.
   int32_t groups, sharers, queries_a_warp, row_tiles;
   bool few;
-  // Every tile_stride-th tile is visited, `visited` of them, in `spans` spans of neighbours.
+  // On Hopper a block has sharers / 4 groups of up to 64 queries, 16 a warp, and queries_a_block of them.
+  bool on_hopper;
+  int32_t queries_a_block;
+  // Tiles of tile_codes codes. Every tile_stride-th tile is visited, `visited` of them, in `spans` spans of neighbours.
+  int32_t tile_codes;
   int64_t tiles, tile_stride, visited, spans;
   // [groups, sharers, tiles]: whether a tile holds what is near one of a warp's queries. It is written, and with
   // only_near other tiles are passed over.
@@ -74,5 +79,10 @@ Scan plan_scan(const Tensor& codes, int64_t query_count);
 void visit_every(Scan& scan, int64_t stride, const Tensor& codes);
 
 void run_scan(const char* op, const Scan& scan, cudaStream_t stream);
+
+// The same where Hopper's kernel takes the scan; `plan` says whether it does.
+bool plan_scan_on_hopper(const Tensor& codes, Scan& scan);
+void visit_every_on_hopper(Scan& scan, int64_t multiprocessors);
+void run_scan_on_hopper(const char* op, const Scan& scan, cudaStream_t stream);
 
 }  // namespace embedding_kernels::cuda

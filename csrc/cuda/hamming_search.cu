@@ -238,12 +238,12 @@ struct Answers {
 };
 
 constexpr int64_t kHistogramEntries = int64_t{1} << 24;
-constexpr int64_t kFirstTiles = 32;  // at least so many bound the rest, or half as many as there are answers
+constexpr int64_t kFirstCodes = 1024;  // at least so many bound the rest, or sixteen times as many as answers
 
 // The share of the tiles in each round of histograms, the last one 1: few queries can afford to look again at more of
 // what is found, many are better bounded.
 std::vector<int64_t> round_strides(const Scan& scan, int64_t k) {
-  const int64_t ratio = scan.few ? 64 : 16, least = std::max(kFirstTiles, k / 2);
+  const int64_t ratio = scan.few ? 64 : 16, least = std::max(kFirstCodes, 16 * k) / scan.tile_codes;
   std::vector<int64_t> strides = {1};
   while (scan.tiles / strides.front() / ratio >= least) strides.insert(strides.begin(), strides.front() * ratio);
   return strides;
