@@ -48,6 +48,11 @@ enum Bug {
   kTooMuchShared,
   kCopyNobodyAwaits,
   kCommitMissing,
+  kErasedNotPublished,
+  kGlobalStoreBefore,
+  // right, though unusual
+  kErasedAndPublished,
+  kPublishedAfterTheBarrier,
 };
 int planted_now = kNone;
 
@@ -66,6 +71,7 @@ struct Task {
   const uint16_t* v;
   const int* offsets;
   int depth;
+  uint16_t* first_out;
 };
 
 void begin(Shared& shared) {
@@ -138,6 +144,13 @@ void multiply_stage(Shared& shared, const RingPlace<kStages>& place, float (&sum
 }
 
 void release_stage(Shared& shared, int stage) {
+  if (planted_now == kErasedNotPublished || planted_now == kErasedAndPublished) {
+    // of a warp's rows, which the other warps do not read from here
+    ptx::sync_threads(1, kWarpgroup);
+    shared.stages[stage][0][threadIdx.x % kWarpgroup * kPanelRow / 2] = 0;
+    if (planted_now == kErasedAndPublished) ptx::publish_stores();
+    ptx::sync_warp();
+  }
   const uint32_t free = ptx::shared_address(&shared.free[stage]);
   if (threadIdx.x % 32 == 0 && (planted_now != kOneWarpReleases || threadIdx.x == kWarpgroup)) ptx::arrive_at(free);
 }
@@ -181,9 +194,12 @@ void store_tile(Shared& shared, const Task& task, int first, int rows, int row, 
       *reinterpret_cast<uint32_t*>(piece) = ptx::pack_bfloat16(sums[n][2 * half], sums[n][2 * half + 1]);
     }
   }
-  if (planted_now != kFenceMissingBeforeAStore) ptx::publish_stores();
+  const bool late = planted_now == kPublishedAfterTheBarrier;
+  if (planted_now != kFenceMissingBeforeAStore && !late) ptx::publish_stores();
   ptx::sync_threads(1, kWarpgroup);
   if (thread != 0) return;
+  if (late) ptx::publish_stores();
+  if (planted_now == kGlobalStoreBefore) task.first_out[first * kColumns] = 0;
   for (int panel = 0; panel < 2; ++panel) {
     int32_t x[5];
     ragged_place(panel * kPanelValues, 0, first, planted_now == kRowOfTheNeighbour ? rows + 1 : rows, row, x);
@@ -243,6 +259,7 @@ void start(const uint16_t* x, const uint16_t* w, const uint16_t* v, const int* o
   task.v = v;
   task.offsets = offsets;
   task.depth = depth;
+  task.first_out = out;
   const size_t shared = planted_now == kTooMuchShared ? 228 * 1024 : sizeof(Shared);
   emulation::launch("product", product, dim3(static_cast<unsigned>(sequences)), dim3(kThreads), shared, nullptr, task);
 }
