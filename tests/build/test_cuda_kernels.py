@@ -30,6 +30,8 @@ class Expected:
     instructions: tuple[str, ...] = ()
     # of those instances whose template arguments match a pattern
     where: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    # registers that the warps keep which have tiles copied, and that those take which multiply; for Hopper alone
+    split: tuple[int, int] | None = None
 
 
 # accesses of 16 bytes
@@ -39,6 +41,8 @@ _WIDE = (_READS, _WRITES)
 _BY_COUNT, _BY_FLAG = r"\b(4|8|16)$", r"\btrue\b"
 # a product on tensor cores of what asynchronous copies have brought to shared memory
 _PRODUCT = ("HMMA", "LDSM", "LDGSTS")
+# a product of warpgroups of what the copy engine has brought, its results on their way
+_OF_WARPGROUPS = ("HGMMA", "UTMALDG")
 
 KERNELS = {
     # anchor_scores
@@ -54,6 +58,8 @@ KERNELS = {
     # attention
     "attention_kernel": Expected(255, (*_PRODUCT, *_WIDE)),
     "attention_gradient_kernel": Expected(255, _PRODUCT),
+    "attention_hopper_kernel": Expected(168, (*_OF_WARPGROUPS, "UTMASTG"), split=(40, 232)),
+    "attention_gradient_hopper_kernel": Expected(168, _OF_WARPGROUPS, split=(40, 232)),
     "attention_bias_kernel": Expected(128, _PRODUCT),
     "attention_shares_kernel": Expected(64, (_READS,)),
     "attention_sum_tables_kernel": Expected(64),
@@ -63,6 +69,7 @@ KERNELS = {
     # hamming
     "pack_bits_kernel": Expected(32, ("VOTE", "BREV")),
     "scan_kernel": Expected(168, ("LDGSTS",), where={"Product": ("BMMA", "LDSM"), "FewQueries": ("POPC",)}),
+    "hamming_hopper_kernel": Expected(168, (r"BGMMA\.64x256x256\.AND\.POPC", "UTMALDG"), split=(56, 224)),
     "lay_queries_kernel": Expected(64, ("REDUX",)),
     "bound_kernel": Expected(64),
     "offset_kernel": Expected(64),
@@ -115,12 +122,13 @@ class Kernel:
     stack: int
     local: int
     instructions: frozenset[str]
+    split: tuple[tuple[str, int], ...]  # USETMAXREG's instructions and numbers
 
     def __repr__(self) -> str:
         return f"{self.name}<{self.arguments}> for {self.architecture}"
 
 
-def split(demangled: str) -> tuple[str, str]:
+def name_and_arguments(demangled: str) -> tuple[str, str]:
     """Name without namespaces, and template arguments, of a demangled function."""
     text = demangled.replace("(anonymous namespace)::", "").removeprefix("void ")
     head = re.match(r"[\w:]+", text)
@@ -165,16 +173,19 @@ def kernels() -> tuple[Kernel, ...]:
             r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", listing
         ):
             usage[architecture, function] = tuple(map(int, numbers))
-    code = {}
+    code, split = {}, {}
     for architecture, listing in _cuobjdump("--dump-sass"):
         for body in listing.split("Function : ")[1:]:
             instructions = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ +)?([A-Z][\w.]*)", body, re.M)
-            code[architecture, body.split(maxsplit=1)[0]] = frozenset(instructions)
+            key = architecture, body.split(maxsplit=1)[0]
+            code[key] = frozenset(instructions)
+            counts = re.findall(r"USETMAXREG\.(\w+)\.\w+ (?:UP\w+, )?(0x[0-9a-f]+)", body)
+            split[key] = tuple((kind, int(count, 16)) for kind, count in counts)
     assert usage.keys() == code.keys()
     found = []
     for (architecture, function), name in zip(usage, _demangled([key[1] for key in usage]), strict=True):
         key = architecture, function
-        found.append(Kernel(architecture, *split(name), *usage[key], code[key]))
+        found.append(Kernel(architecture, *name_and_arguments(name), *usage[key], code[key], split[key]))
     return tuple(found)
 
 
@@ -222,6 +233,16 @@ def test_instructions_are_where_they_belong(name):
         assert any(re.search(pattern, kernel.arguments) for kernel in found), pattern
 
 
+@pytest.mark.parametrize("name", [name for name, expected in KERNELS.items() if expected.split])
+def test_registers_are_split_as_designed(name):
+    keep, take = KERNELS[name].split
+    # a block of three warpgroups, with what a multiprocessor has
+    assert 128 * (keep + 2 * take) <= 65536
+    for kernel in instances(name):
+        assert kernel.architecture == "sm_90a", kernel
+        assert set(kernel.split) == {("DEALLOC", keep), ("TRY_ALLOC", take)}, kernel
+
+
 def test_what_is_forbidden_would_be_found():
     for wrong in ("RED.E.ADD.F32.FTZ.RN.STRONG.GPU", "ATOMG.E.ADD.F16x2.RN.STRONG.GPU", "ATOMS.CAST.SPIN", "LDL.LU"):
         assert re.match(FORBIDDEN, wrong), wrong
@@ -230,8 +251,11 @@ def test_what_is_forbidden_would_be_found():
 
 
 def test_names_are_split_as_the_compiler_writes_them():
-    assert split("void a::(anonymous namespace)::f<b::C<1>, (bool)1>(b::C<1> const*, int)") == ("f", "b::C<1>, (bool)1")
-    assert split("a::(anonymous namespace)::g(int)") == ("g", "")
+    assert name_and_arguments("void a::(anonymous namespace)::f<b::C<1>, (bool)1>(b::C<1> const*, int)") == (
+        "f",
+        "b::C<1>, (bool)1",
+    )
+    assert name_and_arguments("a::(anonymous namespace)::g(int)") == ("g", "")
 
 
 @pytest.mark.parametrize("library", ("_cpu.so", "_cuda.so"))
