@@ -252,8 +252,8 @@ __device__ inline Columns columns_from(const Columns& columns, int n) {
           columns.valid - 8 * n};
 }
 
-// Makes weights of products, and a left factor of them for keys; what stays is the weights times the scores' slopes.
-// Masked: some pairs may not be any.
+// Makes weights of products, and a left factor of them for keys. What stays is the weights times the scores' slopes,
+// and less than 0 where there is no pair. Masked: some pairs may not be any.
 template <class T, class Shape, bool kMasked, bool kFormed>
 __device__ inline void weigh(const AttentionRule& rule, const HopperTile& tile, const HopperRows& rows,
                              float (&scores)[Shape::kOthers / 8][4], uint32_t (&held)[Shape::kOthers / 16][4]) {
@@ -272,10 +272,11 @@ __device__ inline void weigh(const AttentionRule& rule, const HopperTile& tile, 
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float level = Shape::kOwnKeys ? tile.levels[8 * n + i % 2] : rows.level[i / 2];
-        float weight = ptx::exp2_near(ptx::fused_multiply_add(formed[0][0][i], kFormed ? 1.0f : rule.factor, -level));
-        if (kMasked && !pairs(tile.columns, n, i % 2, rows.at[i / 2], tile.window)) weight = 0;
-        weights[half][i] = weight;
-        scores[n][i] = kFormed && rule.cap != 0 ? weight * slopes[0][0][i] : weight;
+        const float weight =
+            ptx::exp2_near(ptx::fused_multiply_add(formed[0][0][i], kFormed ? 1.0f : rule.factor, -level));
+        const bool paired = !kMasked || pairs(tile.columns, n, i % 2, rows.at[i / 2], tile.window);
+        weights[half][i] = paired ? weight : 0;
+        scores[n][i] = !paired ? -1 : kFormed && rule.cap != 0 ? weight * slopes[0][0][i] : weight;
       }
     }
     if constexpr (Shape::kOwnKeys) left_of<T>(weights[0], weights[1], held[step]);
@@ -298,7 +299,7 @@ __device__ inline void change(const float* shares, const HopperRows& rows,
         const float share = Shape::kOwnKeys ? shares[8 * n + i % 2] : rows.share[i / 2];
         const float product = weights[n][i] * (gains[n][i] - share);
         // what does not pair may have any share, not a number even
-        changes[half][i] = kMasked && weights[n][i] == 0 ? 0 : product;
+        changes[half][i] = kMasked && weights[n][i] < 0 ? 0 : product;
       }
     }
     left_of<T>(changes[0], changes[1], held[step]);
