@@ -20,11 +20,6 @@ __host__ __device__ constexpr uint32_t panel_bytes(int rows) { return static_cas
 
 // ---- products ----
 
-// A matrix `bytes` further on in its tile: the low word alone has the address.
-__device__ inline uint64_t further(uint64_t matrix, uint32_t bytes) {
-  return (matrix & ~uint64_t{0xffffffff}) | (static_cast<uint32_t>(matrix) + (bytes >> 4));
-}
-
 template <class T, int kColumns>
 __device__ inline void multiply_tiles(float (&sums)[kColumns][4], uint64_t left, uint64_t right, uint32_t add) {
   if constexpr (std::is_same_v<T, BFloat16>) {

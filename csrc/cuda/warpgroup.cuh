@@ -25,6 +25,11 @@ __device__ inline uint64_t along_columns(uint32_t address, uint32_t panel_bytes)
   return kSwizzle128 | uint64_t{8 * kPanelRow / 16} << 32 | uint64_t{panel_bytes >> 4} << 16 | (address & 0x3ffff) >> 4;
 }
 
+// A matrix `bytes` further on in its tile: the low word alone has the address.
+__device__ inline uint64_t further(uint64_t matrix, uint32_t bytes) {
+  return (matrix & ~uint64_t{0xffffffff}) | (static_cast<uint32_t>(matrix) + (bytes >> 4));
+}
+
 // Where a panel has piece `piece` (16 bytes) of row `row`.
 __device__ inline uint32_t panel_offset(int row, int piece) {
   return static_cast<uint32_t>(row * kPanelRow + ((piece ^ (row & 7)) << 4));

@@ -23,6 +23,7 @@ static inline size_t __cvta_generic_to_shared(const void* pointer) {
 namespace kernels {
 uint64_t along_rows(uint32_t address);
 uint64_t along_columns(uint32_t address, uint32_t panel_bytes);
+uint64_t further(uint64_t matrix, uint32_t bytes);
 uint32_t panel_offset(int row, int piece);
 }  // namespace kernels
 
@@ -101,10 +102,11 @@ void compare_rows(const char* name) {
   const auto place = place_in<Value>(layout);
   for (int part = 0; part < kRows / kPart; ++part) {
     for (int step = 0; step < kColumns / kStep; ++step) {
-      const uint32_t address = kTile + 128 * (kRows * (step / 4) + kPart * part) + 32 * (step % 4);
-      const uint64_t ours = kernels::along_rows(address) ^ planted;
-      compare(name, "descriptor of part, step", part, step, ours,
-              gmma::make_gmma_desc<gmma::Major::K>(parts(cute::_, cute::_, part, step)).desc_);
+      const uint32_t on = 128 * (kRows * (step / 4) + kPart * part) + 32 * (step % 4);
+      const uint64_t ours = kernels::further(kernels::along_rows(kTile), on) ^ planted;
+      const uint64_t theirs = gmma::make_gmma_desc<gmma::Major::K>(parts(cute::_, cute::_, part, step)).desc_;
+      compare(name, "descriptor of part, step", part, step, ours, theirs);
+      compare(name, "descriptor of an address, part, step", part, step, kernels::along_rows(kTile + on), theirs);
       const emulation::MatrixDescriptor decoded = emulation::decode_descriptor(ours);
       compare(name, "known, part, step", part, step, decoded.known, true);
       for (int row = 0; row < kPart; ++row) {
@@ -127,11 +129,13 @@ void compare_columns(const char* name) {
       cute::local_tile(tile_of<Value>(layout), Shape<Int<kColumns>, Int<16>>{}, cute::make_coord(cute::_, cute::_));
   const auto place = place_in<Value>(layout);
   for (int step = 0; step < kRows / 16; ++step) {
-    const uint64_t ours = kernels::along_columns(kTile + 2048 * step, 128 * kRows) ^ planted;
+    const uint64_t ours = kernels::further(kernels::along_columns(kTile, 128 * kRows), 2048 * step) ^ planted;
     uint64_t theirs = gmma::make_gmma_desc<gmma::Major::MN>(parts(cute::_, cute::_, 0, step)).desc_;
     // of one panel CuTe leaves out the way to the next
     if (kColumns == 64) theirs |= uint64_t{128 * kRows / 16} << 16;
     compare(name, "descriptor of step", step, 0, ours, theirs);
+    const uint32_t address = kTile + 2048 * step;
+    compare(name, "descriptor of an address, step", step, 0, kernels::along_columns(address, 128 * kRows), theirs);
     const emulation::MatrixDescriptor decoded = emulation::decode_descriptor(ours);
     compare(name, "known, step", step, 0, decoded.known, true);
     for (int column = 0; column < kPart; ++column) {

@@ -8,6 +8,7 @@ uint64_t along_rows(uint32_t address) { return embedding_kernels::cuda::along_ro
 uint64_t along_columns(uint32_t address, uint32_t panel_bytes) {
   return embedding_kernels::cuda::along_columns(address, panel_bytes);
 }
+uint64_t further(uint64_t matrix, uint32_t bytes) { return embedding_kernels::cuda::further(matrix, bytes); }
 uint32_t panel_offset(int row, int piece) { return embedding_kernels::cuda::panel_offset(row, piece); }
 
 }  // namespace kernels
