@@ -70,6 +70,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("backend", rows)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The interpreter, thousands of times slower than a GPU, takes float16 the same way as bfloat16."""
+    interpreted = pytest.mark.skip(reason="interpreted: float16 takes the way of bfloat16")
+    for item in items:
+        values = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        if not HAS_GPU and values.get("backend") == "triton" and any(v is torch.float16 for v in values.values()):
+            item.add_marker(interpreted)
+
+
 @pytest.fixture(autouse=True)
 def _poisoned_memory():
     """Memory that a kernel allocates and forgets to write holds NaN, or the largest integer."""
