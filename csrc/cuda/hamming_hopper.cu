@@ -212,6 +212,12 @@ __device__ inline void count_ones(const Scan& s, HopperShared& shared, int threa
 
 // ---- the warpgroups that multiply ----
 
+// The warpgroups issue their products in turns, so that one's filter runs beside the other's products; left alone, both
+// would rather start together and wait together. Both take as many turns for a tile, needed or not.
+constexpr uint32_t kTurn = 1;  // barriers by number, of each warpgroup
+__device__ inline void begin_turn(int group) { ptx::sync_threads(kTurn + group, kGroups * kWarpgroup); }
+__device__ inline void end_turn(int group) { ptx::arrive(kTurn + (group ^ 1), kGroups * kWarpgroup); }
+
 // Products of 256 bits, and nothing between them: else the compiler puts fences there.
 template <int kSteps>
 __device__ inline void multiply_chunk(uint64_t left, uint64_t right, uint32_t add, uint32_t (&common)[kColumns][4]) {
@@ -225,11 +231,12 @@ __device__ inline void multiply_chunk(uint64_t left, uint64_t right, uint32_t ad
 
 // Ones in common of a row group and a tile, whose first chunk is at `place`. Chunks are freed but the last, if asked.
 __device__ inline void multiply(const Scan& s, const HopperShared& shared, int row_group, RingPlace<kStages> place,
-                                bool frees, int lane, uint32_t (&common)[kColumns][4]) {
+                                int group, bool frees, int lane, uint32_t (&common)[kColumns][4]) {
   RingPlace<kStages> before = place;
 #pragma unroll 1
   for (int chunk = 0; chunk < s.chunks; ++chunk) {
     wait_full(shared, place);
+    if (chunk == 0) begin_turn(group);
     const uint64_t left = along_rows(query_panel(s, row_group, chunk));
     const uint64_t right = along_rows(ptx::shared_address(shared.codes) + place.stage * kChunkBytes);
     const int steps = (static_cast<int>(s.width) - chunk * kPanelRow + 31) / 32;
@@ -243,6 +250,7 @@ __device__ inline void multiply(const Scan& s, const HopperShared& shared, int r
     } else {
       multiply_chunk<1>(left, right, add, common);
     }
+    if (chunk + 1 == s.chunks) end_turn(group);
     if (frees && chunk > 0) {
       ptx::wait_products<1>();
       give_free(shared, before, lane);
@@ -336,6 +344,7 @@ __device__ inline void multiply_tiles(const HopperScan& a, HopperShared& shared,
   const bool frees = row_groups_of(s) <= kGroups;  // of several row groups, the next reads the chunks again
   uint32_t common[kColumns][4], half_ones[kColumns];
   RingPlace<kStages> place;
+  if (group != 0) end_turn(group);  // the first turn is the first one's
 #pragma unroll 1
   for (;;) {
     wait_full(shared, place);
@@ -346,10 +355,14 @@ __device__ inline void multiply_tiles(const HopperScan& a, HopperShared& shared,
     for (int chunk = 1; chunk < s.chunks; ++chunk) last.advance();
     bool counted = false;
 #pragma unroll 1
-    for (int rows = group; rows < row_groups_of(s); rows += kGroups) {
-      const uint32_t marks = item.near >> kGroupWarps * rows;
-      if ((marks & ((1 << kGroupWarps) - 1)) == 0) continue;
-      multiply(s, shared, rows, place, frees, lane, common);
+    for (int rows = group; rows - group < row_groups_of(s); rows += kGroups) {
+      const uint32_t marks = rows < row_groups_of(s) ? item.near >> kGroupWarps * rows : 0;
+      if ((marks & ((1 << kGroupWarps) - 1)) == 0) {
+        begin_turn(group);
+        end_turn(group);
+        continue;
+      }
+      multiply(s, shared, rows, place, group, frees, lane, common);
       if (!counted) {
         wait_at(at_stage(shared.counted, last), last.parity);
         load_half_ones(shared, last, lane, half_ones);
