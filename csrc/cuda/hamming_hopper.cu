@@ -1,4 +1,28 @@
-// TODO model
+// The scan of more than a few queries on Hopper: |a| + |b| - 2 |a and b|, the last by warpgroups' products of bits.
+//
+// One warp of a block has tiles of 256 codes copied, three count their ones, and two warpgroups multiply 64 queries by
+// a tile, up to four times each, so that up to 512 queries share it. What a product finds stays in registers, where a
+// filter asks whether any of it may be near; what is near goes by way of shared memory, a warp's sixteen rows and 32
+// codes at a time, to the visits that all roads share. A warp has its rows alone, so that it finds codes in order.
+//
+// A model: clocks of a multiprocessor for 128 queries (both warpgroups once) and a tile of 1,024 bits. No rate of
+// products of bits is published for this chip: eight times int8 is assumed, as on A100, so that they take as long as
+// those of any other type of the same bytes.
+//   products                   1024   8 of 64 x 256 x 256 bits, 128 each
+//   filter                      412   a scheduler has a warp of each warpgroup, and a warp for 128 sums 64 IMAD on one
+//                                     pipe, 64 IADD3 and 39 LOP3 on another, two clocks each: it hides behind the
+//                                     products of the other warpgroup from 512 bits on; shorter codes are bound by it
+//   shared memory               640   the products' reads; and for a tile up to 768 more: the copy engine, the counting
+//                                     of ones, halves of them into registers, where they serve all queries
+//   ones, once for a tile       768   three codes of 32 words a lane, 4 popcounts a clock and scheduler. As a row of
+//   ones
+//                                     among the queries they would cost little, but 128, 256 or 512 queries would take
+//                                     a block or a turn more; as a row of each warp's a sixteenth of all products
+//   second cache, for a tile    512   32 KiB at 64 bytes a clock; at 512 queries 1/4 byte a distance
+// So a tile and 512 queries take the 4,096 clocks of their products, and 128 queries what the memory needs for the
+// codes (1,580 at 4.8 TB/s on 132 multiprocessors). Predicted, at 1.83 GHz: 7.7e12 distances a second. For the nearest
+// 10 of 100 M codes of 1,024 bits by 1,024 queries: 13.3 ms for the round of all codes, 0.9 ms for those before it
+// (round_strides), 0.4 ms to look again at the 3 % of row groups and tiles in which it finds something: 14.6 ms.
 #include "hamming_visit.cuh"
 #include "warpgroup.cuh"
 

@@ -4,10 +4,10 @@
 // Few queries are read by XOR, a lane a code: 32 bits of it cost a popcount, so that up to three queries take no longer
 // than the codes take from memory (1,024 bits: 37.5 G codes/s at 4.8 TB/s; 16 popcounts a clock and multiprocessor).
 //
-// More are a product of bits, |a| + |b| - 2 |a and b|: a warp holds 63 queries and a row of ones, whose products are
-// the ones of the codes, in registers, and up to three such warps share a tile, so that 189 queries cost one reading. A
-// step of 64 rows by 32 codes by 1,024 bits is 64 instructions on the tensor cores and a comparison a distance; what is
-// not near leaves no trace.
+// More are a product of bits, |a| + |b| - 2 |a and b| (hamming_hopper.cu has Hopper's own way): a warp holds 63 queries
+// and a row of ones, whose products are the ones of the codes, in registers, and up to three such warps share a tile,
+// so that 189 queries cost one reading. A step of 64 rows by 32 codes by 1,024 bits is 64 instructions on the tensor
+// cores and a comparison a distance; what is not near leaves no trace.
 #include "hamming_products.cuh"
 
 namespace embedding_kernels::cuda {

@@ -240,11 +240,29 @@ struct Answers {
 constexpr int64_t kHistogramEntries = int64_t{1} << 24;
 constexpr int64_t kFirstCodes = 1024;  // at least so many bound the rest, or sixteen times as many as answers
 
+// How many times as many tiles the last round has as the one before, on Hopper. What that round finds near, ratio · k
+// codes a query, has whole row groups look at whole tiles again.
+int64_t last_ratio_on_hopper(const Scan& scan, int64_t k) {
+  constexpr double kPairs = 64.0 * 256;
+  const double near = kPairs * static_cast<double>(k) / static_cast<double>(std::max<int64_t>(scan.count, 1));
+  const auto cost = [&](int64_t ratio) {
+    return 1 / static_cast<double>(ratio) + std::min(1.0, near * static_cast<double>(ratio));
+  };
+  int64_t best = 16;
+  for (const int64_t ratio : {8, 4, 2}) {
+    if (cost(ratio) < cost(best)) best = ratio;
+  }
+  return best;
+}
+
 // The share of the tiles in each round of histograms, the last one 1: few queries can afford to look again at more of
 // what is found, many are better bounded.
 std::vector<int64_t> round_strides(const Scan& scan, int64_t k) {
   const int64_t ratio = scan.few ? 64 : 16, least = std::max(kFirstCodes, 16 * k) / scan.tile_codes;
   std::vector<int64_t> strides = {1};
+  // what comes first is looked at as a whole, so that a large second round needs another before it
+  const int64_t last = scan.on_hopper ? last_ratio_on_hopper(scan, k) : ratio;
+  if (scan.tiles / last / ratio >= least) strides.insert(strides.begin(), last);
   while (scan.tiles / strides.front() / ratio >= least) strides.insert(strides.begin(), strides.front() * ratio);
   return strides;
 }

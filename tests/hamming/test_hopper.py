@@ -57,6 +57,8 @@ TOPK = {
     "three_chunks": (70, 520, 300, 5),
     "four_chunks": (70, 700, 400, 2),
     "one_code": (6, 1, 40, 3),
+    # a part of the codes, half of them, and all
+    "three_rounds": (5, 58_500, 16, 1),
 }
 
 
