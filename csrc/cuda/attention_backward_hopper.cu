@@ -1,4 +1,34 @@
-// varlen_attention_backward on Hopper.
+// varlen_attention_backward on Hopper: bfloat16 and float16, any head dims that the operator takes, padded to 64, 96,
+// 128 or 256 columns. Two passes over the pairs, over rows of queries and over rows of keys; in each, one warp has
+// tiles copied and two warpgroups of 64 own rows multiply them (of 256 columns: both the same rows, half of the columns
+// each). Every sum has one owner, who adds in a fixed order: the same bits at any distribution of the items.
+//
+//                              queries                     keys
+//   columns                    64    96    128   256       64    96    128   256
+//   rows of the other side     128   128   128   64        64    64    64    64     in a tile
+//   KiB of a stage             32    64    64    64        16    32    32    64
+//   stages                     4     2     2     2         4     4     4     2
+//   KiB of own rows            32    64    64    64        32    64    64    64
+//   registers of sums          32    48    64    64        64    96    128   128
+//   of scores and gains        128   128   128   64        64    64    64    64
+//   of weights and changes     32    32    32    16        32    32    32    32
+//
+// A thread that multiplies has 232 registers, one that copies 40, and none is spilled. Of keys with 128 columns and
+// more that holds since the gains are multiplied after the weights are formed, whose wait the other warpgroup covers.
+//
+// What bounds it, not measured. In the terms of attention_hopper.cu, a tile of a block takes
+//
+//   cycles of products         1536  2304  3072  2560      1024  1536  2048  3072
+//   of exponentials            1024  1024  1024  512       512   512   512   512
+//   of other instructions      980   1060  1140  970       840   900   980   1140   485 to 570, 420 to 570 a warp
+//   of shared memory           1280  2050  2560  2820      900   1410  1790  3070
+//   of the second cache        1370  2050  2730  2730      680   1020  1370  2730
+//
+// Of 128 columns that is 3584 cycles for 128 keys and 64 queries, 707 TFLOP/s of the five products that one pass with
+// atomics would need (in TFLOP/s of all seven: the whole 989). What a warpgroup waits for is covered by the other one
+// alone, so three quarters of that is expected, 540 TFLOP/s at 16k tokens without a mask, and 470 at 2k, where an item
+// has 32 tiles of queries and about 3000 cycles at its ends. Of 64 columns, where three units are nearly equally busy,
+// 380 and 330; of 256, where scores are formed twice and shared memory gives 430 at most, 320 and 290.
 #include "attention_backward_hopper.cuh"
 #include "attention_hopper.cuh"
 
@@ -157,7 +187,8 @@ __device__ inline void add_tile(const HopperGradientArguments& a, HopperGradient
   if (is_last(a, item, shared.tiles[stage], still.group)) {
     give_free(shared.ring, place_of_item<Shape>(0), still.lane);
   }
-  const float* const shares = shared.shares[stage] + still.lane % 4 * 2;
+  // tiles have multiples of four rows
+  const float* const shares = shared.shares[stage] + rows_before(item.walk_first) + still.lane % 4 * 2;
   if (all) {
     change<T, Shape, false>(shares, rows, scores, gains, changes);
   } else {
@@ -297,9 +328,9 @@ void launch_columns(const AttentionCall& call, const GradientTensors& tensors, H
     a.others[factor] = map(tensors.others[factor], Shape::kOthers);
     a.dims[factor] = static_cast<int32_t>(tensors.own[factor].size(2));
   }
-  if (Shape::kOwnKeys) a.levels = map_of_levels(a.of_rows, call.rule.queries.total, a.heads, Shape::kOthers);
+  if (Shape::kOwnKeys) a.levels = map_of_levels(a.of_rows, call.rule.queries.total, a.heads, Shape::kBeside);
   if (tensors.positions) {
-    a.positions = map_of_positions(pointer<int32_t>(*tensors.positions), tensors.positions->size(0), Shape::kOthers);
+    a.positions = map_of_positions(pointer<int32_t>(*tensors.positions), tensors.positions->size(0), Shape::kBeside);
   }
   const Tensor& own = tensors.own[0];
   a.items.slots = static_cast<int32_t>(own.size(0) / Shape::kOwn) + call.rule.sequences;
