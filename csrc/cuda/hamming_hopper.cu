@@ -14,10 +14,9 @@
 //                                     products of the other warpgroup from 512 bits on; shorter codes are bound by it
 //   shared memory               640   the products' reads; and for a tile up to 768 more: the copy engine, the counting
 //                                     of ones, halves of them into registers, where they serve all queries
-//   ones, once for a tile       768   three codes of 32 words a lane, 4 popcounts a clock and scheduler. As a row of
-//   ones
-//                                     among the queries they would cost little, but 128, 256 or 512 queries would take
-//                                     a block or a turn more; as a row of each warp's a sixteenth of all products
+//   ones, once for a tile       768   three codes of 32 words a lane, 4 popcounts a clock and scheduler. A row of ones
+//                                     among the queries would cost little, but 128, 256 or 512 queries would take a
+//                                     block or a turn more; a row of each warp's, a sixteenth of all products
 //   second cache, for a tile    512   32 KiB at 64 bytes a clock; at 512 queries 1/4 byte a distance
 // So a tile and 512 queries take the 4,096 clocks of their products, and 128 queries what the memory needs for the
 // codes (1,580 at 4.8 TB/s on 132 multiprocessors). Predicted, at 1.83 GHz: 7.7e12 distances a second. For the nearest
