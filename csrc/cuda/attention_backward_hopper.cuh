@@ -29,7 +29,11 @@ struct HopperGradientShape {
   static constexpr uint32_t kOwnBytes = kPanels * panel_bytes(kOwn), kOtherBytes = kPanels * panel_bytes(kOthers);
   static constexpr int kStages = kOtherBytes == 32768 ? 2 : 4;
   static constexpr int kPlaces = kStages + 1;  // of a ring: the last one is of the own rows
+  // What lies beside a tile, a word a row, is copied from a multiple of 16 bytes on, as the copy engine demands, so
+  // from up to three rows before the tile; and to a multiple of 128 bytes.
+  static constexpr int kBeside = kOthers + 4, kBesideRoom = kOthers + 32;
 };
+__device__ inline int32_t rows_before(int32_t row) { return row & 3; }
 
 // The own side's rows and their partners in the two products, q · k and grad_out · v, as in GradientArguments.
 struct HopperGradientArguments {
@@ -71,9 +75,9 @@ template <class Shape>
 struct HopperGradientShared {
   alignas(1024) uint8_t own[2][Shape::kOwnBytes];
   alignas(1024) uint8_t others[Shape::kStages][2][Shape::kOtherBytes];
-  alignas(128) float levels[Shape::kStages][Shape::kOwnKeys ? Shape::kOthers : 32];
-  alignas(128) float shares[Shape::kStages][Shape::kOwnKeys ? Shape::kOthers : 32];
-  alignas(128) int32_t positions[Shape::kStages][Shape::kOthers];
+  alignas(128) float levels[Shape::kStages][Shape::kOwnKeys ? Shape::kBesideRoom : 32];
+  alignas(128) float shares[Shape::kStages][Shape::kOwnKeys ? Shape::kBesideRoom : 32];
+  alignas(128) int32_t positions[Shape::kStages][Shape::kBesideRoom];
   GradientTile tiles[Shape::kStages];
   GradientItem items[2];
   Ring<Shape::kPlaces> ring;
@@ -116,7 +120,8 @@ __device__ inline void copy_tile(const HopperGradientArguments& a, HopperGradien
   const OwnRows& own = item.rows[0];
   const int32_t row = item.walk_first + tile.number * Shape::kOthers;
   const bool positions = has_positions<Shape>(a.rule);
-  const uint32_t rows_bytes = 4 * Shape::kOthers;
+  const uint32_t rows_bytes = 4 * Shape::kBeside;
+  const int32_t beside = row - rows_before(row);
   const uint32_t full = full_at(shared.ring, place);
   wait_free(shared.ring, place);
   shared.tiles[place.stage] = tile;
@@ -129,10 +134,10 @@ __device__ inline void copy_tile(const HopperGradientArguments& a, HopperGradien
                                                 own.other_end - own.other_start, row - own.other_start, full);
   }
   if constexpr (Shape::kOwnKeys) {
-    ptx::load_box2(ptx::shared_address(shared.levels[place.stage]), &a.levels, row, of_queries, full);
-    ptx::load_box2(ptx::shared_address(shared.shares[place.stage]), &a.levels, row, a.heads + of_queries, full);
+    ptx::load_box2(ptx::shared_address(shared.levels[place.stage]), &a.levels, beside, of_queries, full);
+    ptx::load_box2(ptx::shared_address(shared.shares[place.stage]), &a.levels, beside, a.heads + of_queries, full);
   }
-  if (positions) ptx::load_box2(ptx::shared_address(shared.positions[place.stage]), &a.positions, row, 0, full);
+  if (positions) ptx::load_box2(ptx::shared_address(shared.positions[place.stage]), &a.positions, beside, 0, full);
 }
 
 // One thread has the rows of an item copied, and all tiles that it walks over; all read the item past own_full.
@@ -239,12 +244,14 @@ __device__ inline HopperTile tile_at(const HopperGradientArguments& a, const Hop
   const int32_t coordinate = row - own.other_start, valid = own.other_end - row;
   const int64_t head = first_query_head<Shape>(a, item.head) + shared.tiles[stage].member;
   const int64_t entries = 2 * static_cast<int64_t>(a.rule.reach) + 1;
-  return {columns_of(has_positions<Shape>(a.rule) ? shared.positions[stage] : nullptr, coordinate, valid, lane),
-          window_of<Shape::kOwnKeys>(a.rule),
-          coordinate,
-          valid,
-          a.rule.table == nullptr ? nullptr : a.rule.table + head * entries + a.rule.reach,
-          shared.levels[stage] + lane % 4 * 2};
+  const int32_t before = rows_before(row);
+  return {
+      columns_of(has_positions<Shape>(a.rule) ? shared.positions[stage] + before : nullptr, coordinate, valid, lane),
+      window_of<Shape::kOwnKeys>(a.rule),
+      coordinate,
+      valid,
+      a.rule.table == nullptr ? nullptr : a.rule.table + head * entries + a.rule.reach,
+      shared.levels[stage] + before + lane % 4 * 2};
 }
 
 __device__ inline Columns columns_from(const Columns& columns, int n) {

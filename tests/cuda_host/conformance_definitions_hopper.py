@@ -136,18 +136,21 @@ def _store(find: Find, result_words: int, boxes: int = 1, each: int = 0) -> Call
 
 
 def _first_of_box(tensor: Tensor, how: str, seeded: np.random.Generator) -> list[int]:
-    """Inside; across (or, where a box is of one, past) an edge of one dimension; far away in one."""
-    first = [int(seeded.integers(0, size - box + 1)) for size, box in zip(tensor.sizes, tensor.box, strict=True)]
+    """Inside; across (or, where a box is of one, past) an edge of one dimension; far away in one. In the innermost
+    dimension boxes begin at multiples of 16 bytes."""
     kind, _, number = how.partition(" ")
-    if kind == "inside":
-        return first
-    d = int(number) if number else int(seeded.integers(len(first)))
-    size, box = tensor.sizes[d], tensor.box[d]
-    if kind == "across":
-        below, above = -int(seeded.integers(1, max(box, 2))), size - box + int(seeded.integers(1, max(box, 2)))
-    else:
-        below, above = -box - int(seeded.integers(1 << 20)), size + int(seeded.integers(1 << 30))
-    first[d] = below if seeded.random() < 0.5 else above
+    chosen = -1 if kind == "inside" else int(number) if number else int(seeded.integers(len(tensor.box)))
+    first = []
+    for d, (size, box) in enumerate(zip(tensor.sizes, tensor.box, strict=True)):
+        step = 16 // tensor.element if d == 0 else 1
+        below, inside, above = (1, max(box // step, 2)), (0, (size - box) // step + 1), (size - box) // step
+        if d != chosen:
+            at = int(seeded.integers(*inside))
+        elif kind == "across":
+            at = -int(seeded.integers(*below)) if seeded.random() < 0.5 else above + int(seeded.integers(*below))
+        else:
+            at = -box - int(seeded.integers(1 << 20)) if seeded.random() < 0.5 else size + int(seeded.integers(1 << 26))
+        first.append(at * step)
     return first
 
 

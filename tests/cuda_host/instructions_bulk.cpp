@@ -84,6 +84,12 @@ BoxCopy box_of(Context& c, const std::vector<Argument>& group, const Argument& s
              std::to_string(multiple),
          {c.site});
   }
+  // an illegal instruction on a GPU
+  if (int64_t{copy.place[0]} * copy.map.element_bytes % 16 != 0) {
+    fail("misaligned: a box whose innermost coordinate, " + std::to_string(copy.place[0]) +
+             ", is no multiple of 16 bytes",
+         {c.site});
+  }
   if (copy.map.swizzled != 0 && copy.map.row_bytes() != kTileRow) {
     fail("a swizzled box whose rows do not have 128 bytes is not emulated", {c.site});
   }
