@@ -23,6 +23,13 @@ FORWARD = {
     "window_of_narrow_tiles": {"lengths": (140,), "dim": 256, "options": {"window_left": 0, "window_right": 3}},
     "formed": {"lengths": (70, 3), "lengths_k": (140, 3), "reach": 9, "options": {"softcap": 3.0, "scale": 0.6}},
     "positions": {"lengths": (140,), "positions": "drawn", "options": {"window_left": 40, "window_right": 60}},
+    # a tile whose rows' numbers all pair, and positions do not
+    "positions_of_few": {
+        "lengths": (1,) * 4,
+        "lengths_k": (260,) * 4,
+        "positions": "drawn",
+        "options": {"causal": True},
+    },
     "seqused_k": {"lengths": (70, 3), "lengths_k": (290, 5), "used": 0.6},
     "no_keys": {"lengths": (70, 3, 70), "lengths_k": (0, 5, 3), "used": 0.4},
     "many": {"lengths": (1, 3, 0, 2) * 5, "heads": 2},
@@ -70,9 +77,11 @@ def test_forward(name):
 @pytest.mark.parametrize("schedule", ((1, False), (2, True), (3, True)), ids=str)
 @pytest.mark.parametrize("dim", (64, 200))
 def test_forward_in_any_order(dim, schedule):
-    """Every option at once, while threads run in other orders and copies and products come late."""
+    """Every option at once, and a warpgroup that passes many tiles by, while threads run in other orders and copies and
+    products come late."""
     cuda_host.set_options(order=schedule[0], seed=5, latest=schedule[1], architecture=90)
     assert_attends(Case(dim=dim, dtype=torch.bfloat16, **EVERYTHING))
+    assert_attends(Case((3,), lengths_k=(600,), heads=1, dim=dim, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("dim", (64, 200))
