@@ -32,7 +32,8 @@ unsigned char* shared_memory_of_blocks() {
   return memory;
 }
 
-// Why the driver would not make a map, or null.
+// Why the driver would not make a map, or null. That strides be multiples of each other, as documentation also had it,
+// is left out: maps of ragged rows never keep to it, Triton's neither.
 const char* why_refused(const void* map, const void* data, int element_bytes, int rank, const uint64_t* sizes,
                         const uint64_t* strides, const uint32_t* box, bool swizzled) {
   if (reinterpret_cast<uintptr_t>(map) % 64 != 0) return "a map that begins at no multiple of 64 bytes";
