@@ -50,6 +50,7 @@ enum Bug {
   kCommitMissing,
   kErasedNotPublished,
   kGlobalStoreBefore,
+  kColumnOff,
   // right, though unusual
   kErasedAndPublished,
   kPublishedAfterTheBarrier,
@@ -101,7 +102,8 @@ void produce(Shared& shared, const Task& task, int first, int rows) {
                                                                     : 2 * kPanelBytes;
       ptx::arrive_expecting(full, bytes);
       int32_t x[5];
-      ragged_place(column, 0, planted_now == kRowOff ? first + 1 : first, rows, row, x);
+      ragged_place(planted_now == kColumnOff ? column + 4 : column, 0, planted_now == kRowOff ? first + 1 : first, rows,
+                   row, x);
       const uint32_t tile = ptx::shared_address(shared.stages[place.stage][0]);
       ptx::load_box5(planted_now == kBoxMisplaced ? tile + 128 : tile, &task.x, x, full);
       ptx::load_box2(ptx::shared_address(shared.stages[place.stage][1]), &task.w, column, 0, full);
