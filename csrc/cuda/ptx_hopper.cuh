@@ -80,8 +80,9 @@ __device__ inline bool has_passed(uint32_t barrier, uint32_t parity) {
 // that stored, or by one that has met it since.
 __device__ inline void publish_stores() { EK_PTX("fence.proxy.async.shared::cta;", (), ()); }
 
-// One thread starts a copy. Coordinates name the first element, the innermost dimension first; what lies outside the
-// tensor is read as zeros. The barrier's phase must expect the bytes of the whole box.
+// One thread starts a copy. Coordinates name the first element, the innermost dimension first, in which a box begins at
+// a multiple of 16 bytes; what lies outside the tensor is read as zeros. The barrier's phase must expect the bytes of
+// the whole box.
 __device__ inline void load_box2(uint32_t to, const TensorMap* map, int32_t x0, int32_t x1, uint32_t barrier) {
   EK_PTX("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];", (),
          (EK_IN_U32(to), EK_IN_POINTER(map), EK_IN_I32(x0), EK_IN_I32(x1), EK_IN_U32(barrier)));
