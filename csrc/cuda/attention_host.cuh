@@ -10,10 +10,13 @@
 
 namespace embedding_kernels::cuda {
 
-// Rows that may be copied 16 bytes at a time: any strides of a multiple of eight values; others are copied.
+// Rows that may be copied 16 bytes at a time, by the copy engine too: any strides of a multiple of eight values, not 0
+// of several rows or heads; others are copied.
 inline Tensor wide_rows(const Tensor& tensor) {
   Tensor rows = dense_rows(tensor);
-  if (rows.stride(0) % 8 != 0 || rows.stride(1) % 8 != 0) rows = torch::stable::contiguous(rows);
+  for (int d = 0; d < 2; ++d) {
+    if (rows.stride(d) % 8 != 0 || (rows.stride(d) == 0 && rows.size(d) > 1)) rows = torch::stable::contiguous(rows);
+  }
   // contiguous, and yet not from a multiple of 16 bytes on
   if (reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % 16 != 0) rows = torch::stable::clone(rows);
   return rows;

@@ -94,9 +94,10 @@ constexpr int32_t kRaggedRows = 1 << 30;
 // [heads, rows, dim], 16-bit values, boxes of one head's `box_rows` rows and 64 columns, swizzled.
 inline TensorMap ragged_map(const char* op, const void* data, int64_t dim, int64_t heads, int64_t head_stride,
                             int64_t row_stride, uint32_t box_rows) {
-  // what counts for nothing, and drivers need not like: the stride of one head, and (before CUDA 12.6) no address
-  // where there are no rows
+  // what counts for nothing, and drivers need not like: the stride of one head or of one row, and (before CUDA 12.6) no
+  // address where there are no rows
   if (heads == 1) head_stride = (dim + 7) / 8 * 8;
+  if (row_stride % 8 != 0) row_stride = (row_stride + 7) / 8 * 8;
   const void* const first = data != nullptr ? data : reinterpret_cast<const void*>(uintptr_t{1} << 20);
   const auto d = static_cast<uint64_t>(dim), h = static_cast<uint64_t>(heads);
   const uint64_t head_bytes = 2 * static_cast<uint64_t>(head_stride), row_bytes = 2 * static_cast<uint64_t>(row_stride);
