@@ -100,3 +100,16 @@ def test_what_does_not_count_is_not_seen(dim):
     out, lse = case.run("cuda_host")
     assert torch.equal(out[queries], expected[0][queries])
     assert torch.equal(lse[:, queries], expected[1][:, queries])
+
+
+def test_strides_that_the_copy_engine_does_not_take():
+    """Keys of one head for all, and one row in the middle of a wider tensor."""
+    case = Case((9,), lengths_k=(70,), heads=2, dim=64, dtype=torch.bfloat16)
+    case.tensors["k"], case.tensors["v"] = (case.tensors[name][:, :1].expand(-1, 2, -1) for name in ("k", "v"))
+    out, _ = case.run("cuda_host")
+    case.tensors["k"], case.tensors["v"] = (case.tensors[name].contiguous() for name in ("k", "v"))
+    assert torch.equal(out, case.run("cuda_host")[0])
+    row = Case((1,), heads=1, dim=64, dtype=torch.bfloat16)
+    row.tensors["q"] = torch.randn(1, 3, 65, dtype=torch.bfloat16).flatten(1)[:, :64].unsqueeze(1)
+    assert row.tensors["q"].stride(0) % 8 != 0
+    assert_attends(row)
