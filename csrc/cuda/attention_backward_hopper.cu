@@ -143,8 +143,9 @@ __device__ inline uint32_t columns_of_group(const HopperGradientShared<Shape>& s
   return ptx::shared_address(shared.others[stage][factor]) + panel * panel_bytes(Shape::kOthers);
 }
 
-// Adds the tile in `stage`, which the warpgroup needs. Its two groups of products that
-// need no weights come apart, since weights take registers to form.
+// Adds the tile in `stage`, which the warpgroup needs. The gains' products run while weights are formed (kAhead), else
+// beside those of the weights, after them where both warpgroups have the same rows: then no register is left for
+// weights that are read yet, gains and changes at once.
 template <class T, class Shape>
 __device__ inline void add_tile(const HopperGradientArguments& a, HopperGradientShared<Shape>& shared,
                                 const GradientItem& item, int stage, const HopperRows& of_item,
