@@ -373,7 +373,6 @@ __device__ inline void multiply_tiles(const HopperScan& a, HopperShared& shared,
     wait_full(shared, place);
     const Item item = shared.items[place.stage];
     if (item.tile == kNoTile) return;
-    ptx::sync_warp();  // its stage may be freed long before the tile is done
     RingPlace<kStages> last = place;
     for (int chunk = 1; chunk < s.chunks; ++chunk) last.advance();
     bool counted = false;
@@ -439,7 +438,10 @@ __global__ void __launch_bounds__(kThreads, 1) hamming_hopper_kernel(const __gri
   const uint32_t first_query = group * s.queries_a_block;
   const int64_t left = s.query_count - int64_t{first_query};
   const int queries = static_cast<int>(left < 0 ? 0 : left < s.queries_a_block ? left : s.queries_a_block);
-  if (thread == 0) begin_barriers(shared);
+  if (thread == 0) {
+    ptx::prefetch_map(&a.codes);
+    begin_barriers(shared);
+  }
   lay_numbers(s, first_query, queries, thread);
   lay_queries(s, first_query, queries, thread);
   ptx::sync_block();
