@@ -52,7 +52,8 @@ struct HopperShared {
   alignas(16) uint16_t half_ones[kStages][kCodes];
   uint16_t ones[kStages][kCodes];
   Item items[kStages];  // with the first chunk
-  uint64_t full[kStages], free[kStages], counted[kStages];
+  Ring<kStages> ring;
+  uint64_t counted[kStages];
 };
 
 struct HopperScan {
@@ -75,24 +76,15 @@ __host__ __device__ inline int block_rows_of(const Scan& s) { return row_groups_
 
 // ---- the ring ----
 
-__device__ inline uint32_t at_stage(const uint64_t* barriers, const RingPlace<kStages>& place) {
-  return ptx::shared_address(barriers) + place.stage * static_cast<uint32_t>(sizeof(uint64_t));
-}
-__device__ inline void wait_full(const HopperShared& shared, const RingPlace<kStages>& place) {
-  wait_at(at_stage(shared.full, place), place.parity);
-}
-// By one lane of each warp that reads, once its whole warp has read.
-__device__ inline void give_free(const HopperShared& shared, const RingPlace<kStages>& place, int lane) {
-  if (lane == 0) ptx::arrive_at(at_stage(shared.free, place));
+// Arrived at by the warps that count, when the ones of a stage's codes are there.
+__device__ inline uint32_t counted_at(const HopperShared& shared, const RingPlace<kStages>& place) {
+  return ptx::shared_address(shared.counted) + place.stage * static_cast<uint32_t>(sizeof(uint64_t));
 }
 
 __device__ inline void begin_barriers(HopperShared& shared) {
   constexpr int kCounterWarps = kCounters / kWarp;
-  for (int stage = 0; stage < kStages; ++stage) {
-    ptx::begin_barrier(ptx::shared_address(&shared.full[stage]), 1);
-    ptx::begin_barrier(ptx::shared_address(&shared.free[stage]), kGroups * kGroupWarps + kCounterWarps);
-    ptx::begin_barrier(ptx::shared_address(&shared.counted[stage]), kCounterWarps);
-  }
+  begin_ring(shared.ring, kGroups * kGroupWarps + kCounterWarps);
+  for (uint64_t& counted : shared.counted) ptx::begin_barrier(ptx::shared_address(&counted), kCounterWarps);
   ptx::publish_barriers();
 }
 
@@ -168,9 +160,10 @@ __device__ inline void copy_tiles(const HopperScan& a, HopperShared& shared, con
     const int chunks = tile == kNoTile ? 1 : s.chunks;
 #pragma unroll 1
     for (int chunk = 0; chunk < chunks; ++chunk, place.advance()) {
-      wait_at(at_stage(shared.free, place), place.parity ^ 1);
+      ptx::sync_warp();  // a lane left behind would miss the phase that it waits for
+      wait_free(shared.ring, place);
       if (w.lane != 0) continue;
-      const uint32_t full = at_stage(shared.full, place);
+      const uint32_t full = full_at(shared.ring, place);
       if (chunk == 0) shared.items[place.stage] = {tile, near};
       if (tile == kNoTile) {
         ptx::arrive_at(full);
@@ -212,7 +205,7 @@ __device__ inline void count_ones(const Scan& s, HopperShared& shared, int threa
     uint32_t ones[kTurns] = {};
 #pragma unroll 1
     for (int chunk = 0; chunk < s.chunks; ++chunk, place.advance()) {
-      wait_full(shared, place);
+      wait_full(shared.ring, place);
       if (chunk == 0 && shared.items[place.stage].tile == kNoTile) return;
       const uint32_t panel = ptx::shared_address(shared.codes) + place.stage * kChunkBytes;
       const int left = (static_cast<int>(s.width) - chunk * kPanelRow + 15) / 16;
@@ -227,8 +220,8 @@ __device__ inline void count_ones(const Scan& s, HopperShared& shared, int threa
         shared.half_ones[place.stage][place_of_ones(code)] = static_cast<uint16_t>(ones[turn] / 2);
       }
       ptx::sync_warp();
-      if (last && thread % kWarp == 0) ptx::arrive_at(at_stage(shared.counted, place));
-      give_free(shared, place, thread % kWarp);
+      if (last && thread % kWarp == 0) ptx::arrive_at(counted_at(shared, place));
+      give_free(shared.ring, place, thread % kWarp);
     }
   }
 }
@@ -258,7 +251,7 @@ __device__ inline void multiply(const Scan& s, const HopperShared& shared, int r
   RingPlace<kStages> before = place;
 #pragma unroll 1
   for (int chunk = 0; chunk < s.chunks; ++chunk) {
-    wait_full(shared, place);
+    wait_full(shared.ring, place);
     if (chunk == 0) begin_turn(group);
     const uint64_t left = along_rows(query_panel(s, row_group, chunk));
     const uint64_t right = along_rows(ptx::shared_address(shared.codes) + place.stage * kChunkBytes);
@@ -276,7 +269,7 @@ __device__ inline void multiply(const Scan& s, const HopperShared& shared, int r
     if (chunk + 1 == s.chunks) end_turn(group);
     if (frees && chunk > 0) {
       ptx::wait_products<1>();
-      give_free(shared, before, lane);
+      give_free(shared.ring, before, lane);
     }
     before = place;
     place.advance();
@@ -370,7 +363,7 @@ __device__ inline void multiply_tiles(const HopperScan& a, HopperShared& shared,
   if (group != 0) end_turn(group);  // the first turn is the first one's
 #pragma unroll 1
   for (;;) {
-    wait_full(shared, place);
+    wait_full(shared.ring, place);
     const Item item = shared.items[place.stage];
     if (item.tile == kNoTile) return;
     RingPlace<kStages> last = place;
@@ -386,7 +379,7 @@ __device__ inline void multiply_tiles(const HopperScan& a, HopperShared& shared,
       }
       multiply(s, shared, rows, place, group, frees, lane, common);
       if (!counted) {
-        wait_at(at_stage(shared.counted, last), last.parity);
+        wait_at(counted_at(shared, last), last.parity);
         load_half_ones(shared, last, lane, half_ones);
         counted = true;
       }
@@ -410,8 +403,8 @@ __device__ inline void multiply_tiles(const HopperScan& a, HopperShared& shared,
     for (int chunk = 0; chunk < s.chunks; ++chunk, place.advance()) {
       if (frees && counted && chunk + 1 < s.chunks) continue;  // it was freed
       // of a tile passed over, it may not be full yet, nor free of the tile before
-      wait_full(shared, place);
-      give_free(shared, place, lane);
+      wait_full(shared.ring, place);
+      give_free(shared.ring, place, lane);
     }
   }
 }

@@ -52,4 +52,42 @@ struct RingPlace {
   }
 };
 
+// The producer makes a stage full, and everyone who reads it frees it again.
+template <int kStages>
+struct Ring {
+  uint64_t full[kStages], free[kStages];
+};
+
+// One thread, before publish_barriers and a barrier of the block; `readers` arrive to free a stage.
+template <int kStages>
+__device__ inline void begin_ring(Ring<kStages>& ring, uint32_t readers) {
+  for (int stage = 0; stage < kStages; ++stage) {
+    ptx::begin_barrier(ptx::shared_address(&ring.full[stage]), 1);
+    ptx::begin_barrier(ptx::shared_address(&ring.free[stage]), readers);
+  }
+}
+// What the producer's copies for a stage arrive at, and its readers.
+template <int kStages>
+__device__ inline uint32_t full_at(const Ring<kStages>& ring, const RingPlace<kStages>& place) {
+  return ptx::shared_address(&ring) + place.stage * static_cast<uint32_t>(sizeof(uint64_t));
+}
+template <int kStages>
+__device__ inline uint32_t free_at(const Ring<kStages>& ring, const RingPlace<kStages>& place) {
+  return full_at(ring, place) + kStages * static_cast<uint32_t>(sizeof(uint64_t));
+}
+template <int kStages>
+__device__ inline void wait_full(const Ring<kStages>& ring, const RingPlace<kStages>& place) {
+  wait_at(full_at(ring, place), place.parity);
+}
+template <int kStages>
+__device__ inline void wait_free(const Ring<kStages>& ring, const RingPlace<kStages>& place) {
+  wait_at(free_at(ring, place), place.parity ^ 1);
+}
+// By one lane of each warp that reads: its whole warp has waited for the products that read the stage, or has met since
+// it saw the stage full. A lane left behind would miss the phase that it waits for once the next but one has begun.
+template <int kStages>
+__device__ inline void give_free(const Ring<kStages>& ring, const RingPlace<kStages>& place, int lane) {
+  if (lane == 0) ptx::arrive_at(free_at(ring, place));
+}
+
 }  // namespace embedding_kernels::cuda
