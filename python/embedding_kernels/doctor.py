@@ -67,14 +67,16 @@ def _gpu_rows() -> list[tuple[str, str]]:
 
 
 def _cuda_state(name: str, cpu_only: bool, has_kernel: bool, triton: str) -> str:
-    from .ops.cuda_table import TABLE
+    from .ops.cuda_table import TABLE, leaves_some
 
     if cpu_only:
         return "refused (the operator has no GPU kernel)"
     if not has_kernel:
         return triton
-    rows = "; ".join(map(str, TABLE.get(name, ())))
-    return "CUDA C++" + (f" ({rows}; else {triton})" if rows else "")
+    rows = [str(row) for row in TABLE.get(name, ())]
+    if rows and leaves_some(name):
+        rows.append(f"else {triton}")
+    return "CUDA C++" + (f" ({'; '.join(rows)})" if rows else "")
 
 
 def _operator_rows() -> list[tuple[str, str]]:

@@ -10,6 +10,8 @@ from embedding_kernels.ops import cuda_table
 from embedding_kernels.ops._registry import OPERATORS, native_or_triton
 
 pytestmark = pytest.mark.skipif(cuda_host.why_not() is not None, reason=str(cuda_host.why_not()))
+ATTENTION = [op for op in cuda_table.TABLE if "attention" in op]
+SCANS = [op for op in cuda_table.TABLE if "hamming" in op]
 EVERY_DTYPE = (torch.float32, torch.bfloat16, torch.float16)
 WIDTHS = (16, 64, 72, 136, 256)
 
@@ -44,14 +46,14 @@ def architecture(request):
 
 
 @pytest.mark.parametrize("dtype", EVERY_DTYPE)
-@pytest.mark.parametrize("op", cuda_table.TABLE)
+@pytest.mark.parametrize("op", ATTENTION)
 def test_rows_hold_what_the_kernels_take(op, dtype, architecture):
     """Inside a row the kernel of its name runs; outside, the C++ code refuses."""
     run = getattr(getattr(torch.ops, cuda_host.NAMESPACE), op)
     for width in WIDTHS:
         for value_width in {width, 64}:
             args = calls(op, dtype, width, value_width)
-            row = cuda_table.row_for(op, OPERATORS[op].argument_names, args, architecture, longest=0)
+            row = cuda_table.row_for(op, OPERATORS[op].argument_names, args, architecture, whenever=True)
             cuda_host.launched()
             if row is None:
                 with pytest.raises(ValueError, match="bfloat16 or float16 tensor in the CUDA"):
@@ -62,6 +64,39 @@ def test_rows_hold_what_the_kernels_take(op, dtype, architecture):
                 names = [line.split()[-1] for line in cuda_host.launched()]
                 assert any(name.startswith(row.kernel) for name in names), (names, row)
                 assert row.only == any("hopper" in name for name in names), (names, row)
+
+
+def rows_of_codes(count: int, width: int, stride: int, offset: int = 0) -> torch.Tensor:
+    held = torch.randint(0, 256, (64 + count * max(stride, 1) + width,), dtype=torch.uint8)
+    return held[offset:].as_strided((count, width), (stride, 1))
+
+
+@pytest.mark.parametrize(
+    ("queries", "codes", "by_hopper"),
+    [
+        (5, rows_of_codes(9, 48, 48), True),
+        (4, rows_of_codes(9, 48, 48), False),
+        (5, rows_of_codes(9, 45, 48), True),
+        (5, rows_of_codes(9, 45, 45), False),
+        (5, rows_of_codes(9, 48, 64, offset=16), True),
+        (5, rows_of_codes(9, 48, 48, offset=4), False),
+        (5, rows_of_codes(9, 48, 0), False),
+        (5, rows_of_codes(1, 45, 45), True),
+        (5, rows_of_codes(9, 48, 48).T.contiguous().T, True),
+        (5, rows_of_codes(9, 512, 512), True),
+        (5, rows_of_codes(9, 513, 528), False),
+    ],
+)
+@pytest.mark.parametrize("op", SCANS)
+def test_scans_of_codes_by_the_table(op, queries, codes, by_hopper, architecture):
+    args = (torch.randint(0, 256, (queries, codes.shape[1]), dtype=torch.uint8), codes, 3)[: 2 + ("distance" not in op)]
+    row = cuda_table.row_for(op, OPERATORS[op].argument_names, args, architecture)
+    assert row is not None
+    assert row.only == (by_hopper and architecture == 90)
+    cuda_host.launched()
+    getattr(getattr(torch.ops, cuda_host.NAMESPACE), op)(*args)
+    names = {line.split()[-1] for line in cuda_host.launched()}
+    assert names & {"scan_kernel", "hamming_hopper_kernel"} == {row.kernel}
 
 
 @pytest.mark.parametrize(
@@ -85,13 +120,17 @@ def test_long_sequences_go_to_hopper_kernels(lengths, architecture, kernel):
 
 
 def test_both_sides_of_the_table_are_tried():
-    for op in cuda_table.TABLE:
+    for op in ATTENTION:
         fits = {
             cuda_table.row_for(op, OPERATORS[op].argument_names, calls(op, dtype, width, width)) is not None
             for dtype in EVERY_DTYPE
             for width in WIDTHS
         }
         assert fits == {True, False}, op
+
+
+def test_operators_with_a_kernel_for_every_call_do_not_ask():
+    assert [op for op in cuda_table.TABLE if cuda_table.leaves_some(op)] == ATTENTION
 
 
 def test_calls_outside_go_to_triton(monkeypatch):

@@ -133,7 +133,7 @@ def register(
         elif not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CUDA"):
             _library_of_impls.impl(registered, op.run_triton, "CUDA", allow_override=False)
             _triton_serves_cuda.add(registered)
-        elif name in cuda_table.TABLE:
+        elif name in cuda_table.TABLE and cuda_table.leaves_some(name):
             _share_with_triton(op, registered)
         if autocast:
             _register_autocast(packet.default, registered, autocast)
