@@ -9,6 +9,7 @@ import torch
 from attention.definition import Case, assert_forward
 from cuda_host import backend as cuda_host
 
+pytestmark = pytest.mark.usefixtures("on_hopper")
 HALVES = (torch.bfloat16, torch.float16)
 #: of q and k, and of v: padded to 64, 96, 128 and 256 columns
 DIMS = ((64, 64), (40, 24), (96, 88), (128, 128), (16, 104), (256, 200))
@@ -39,17 +40,6 @@ EVERYTHING = {
     "positions": "drawn", "used": 0.8,
     "options": {"causal": True, "window_left": 130, "window_right": 2, "softcap": 6.0, "scale": 0.3},
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _on_hopper(monkeypatch: pytest.MonkeyPatch):
-    if reason := cuda_host.why_not():
-        pytest.skip(reason)
-    monkeypatch.setenv("EMBEDDING_KERNELS_HOPPER", "all")
-    cuda_host.install(monkeypatch)
-    cuda_host.set_options(architecture=90)
-    yield
-    cuda_host.set_options()
 
 
 def launched() -> set[str]:

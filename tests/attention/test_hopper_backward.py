@@ -9,6 +9,7 @@ import torch
 from attention.definition import DIFFERENTIABLE, Case, Gradients, assert_backward, gradients
 from cuda_host import backend as cuda_host
 
+pytestmark = pytest.mark.usefixtures("on_hopper")
 HALVES = (torch.bfloat16, torch.float16)
 #: of q and k, and of v: padded to 64, 96, 128 and 256 columns
 DIMS = ((64, 64), (40, 24), (96, 88), (128, 128), (16, 104), (256, 200))
@@ -43,17 +44,6 @@ EVERYTHING = {
 }  # fmt: skip
 #: order of threads and blocks, seed, whether copies and products come late; by dim
 SCHEDULES = {64: ((1, 0, False), (2, 5, True), (3, 0, True)), 128: ((3, 0, False), (2, 6, True)), 200: ((1, 0, True),)}
-
-
-@pytest.fixture(autouse=True)
-def _on_hopper(monkeypatch: pytest.MonkeyPatch):
-    if reason := cuda_host.why_not():
-        pytest.skip(reason)
-    monkeypatch.setenv("EMBEDDING_KERNELS_HOPPER", "all")
-    cuda_host.install(monkeypatch)
-    cuda_host.set_options(architecture=90)
-    yield
-    cuda_host.set_options()
 
 
 def launched() -> set[str]:
