@@ -10,6 +10,7 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,8 @@ def measure_all(cases: list[Case], room: Room, protocol: Protocol, seconds: floa
             record.add("left", _named(case, "no time"))
             continue
         try:
-            pace = paced(protocol, deadline, len(cases) - place, least=0.2)
+            patient = replace(protocol, seconds=case.patience * protocol.seconds)
+            pace = paced(patient, deadline, len(cases) - place, least=0.2 * case.patience)
             record.add("cases", time_case(case, contenders(case, room), room, pace))
         except (ImportError, MissingDemoPackageError) as error:
             record.add("absent", _named(case, error))
@@ -131,13 +133,15 @@ def main() -> int:
     parser.add_argument("--file", type=Path, required=True, help="results; cases that it holds are not measured again")
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--warm", action="store_true", help="compile and check, time nothing")
-    parser.add_argument("--dry-run", action="store_true", help="the first quick case alone")
+    parser.add_argument("--dry-run", action="store_true", help="one quick case, and one for a GPU made small")
     arguments = parser.parse_args()
     threads = torch.get_num_threads()
     cases = cases_for(arguments.family, arguments.device, quick=False)
     if arguments.dry_run:
         cases = [case for case in cases if not case.levels]
         cases = sorted(cases, key=lambda case: not case.quick)[:1]
+        on_gpu = cases_for(arguments.family, torch.device("cuda"), quick=False)
+        cases += [case.small for case in on_gpu if case.small is not None][:1]
     if arguments.warm:
         wrong = list(warm_all(cases, Room(arguments.device, threads, cold_bytes=1)))
         print("\n".join(wrong) or f"{len(cases)} cases checked")

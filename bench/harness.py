@@ -16,7 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -102,6 +102,9 @@ class Case:
 
     ``peers`` names what ours is compared with. With ``levels`` the case is instead run by one process for each
     level of instruction set (`levels.py`), and each level is compared with the one below.
+
+    A case of ``where="cuda"`` has a size for a GPU; ``small`` is the same, by the same builder, at one for a processor,
+    where it is gone through without a GPU.
     """
 
     op: str
@@ -114,6 +117,9 @@ class Case:
     quick: bool = False
     levels: bool = False
     tiles: bool = False  # whether the level with the tile unit ("amx") is another than the one below
+    where: Literal["both", "cpu", "cuda"] = "both"  # measured: a case whose size is a processor's says little of a GPU
+    small: Case | None = None
+    patience: float = 1.0  # how many times as long as others it may take, where a peer needs a second a call
 
 
 @dataclass(frozen=True)
@@ -198,16 +204,19 @@ def copies(tensor: torch.Tensor, room: Room, most: int = 64) -> list[torch.Tenso
 
 
 def admit(contenders: Sequence[Contender]) -> tuple[list[Contender], dict[str, str]]:
-    """Those whose answer is right, and why the others are not timed. A wrong answer of ours ends the run."""
+    """Those whose answer is right, and why the others are not timed. A wrong answer of ours ends the run.
+
+    A peer may also have no kernel for the case, or too little memory: torch raises RuntimeError for both.
+    """
     admitted, refused = [], {}
     for contender in contenders:
         try:
             contender.check()
             admitted.append(contender)
-        except WrongAnswerError as error:
+        except RuntimeError as error:
             if contender.role != "peer":
                 raise
-            refused[contender.name] = str(error)
+            refused[contender.name] = str(error)[:500]
     return admitted, refused
 
 

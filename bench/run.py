@@ -61,14 +61,17 @@ def _arguments() -> argparse.Namespace:
 
 def cases_for(family: str, device: torch.device, quick: bool) -> list[Case]:
     """What of a family is measured on a device: no levels of the processor's instruction set on a GPU, and no
-    operators that it has no kernel for."""
+    operators that it has no kernel for; what is sized for a GPU comes first there, in the order of its file."""
     on_host = device.type == "cpu"
-    return [
+    found = [
         case
         for op, cases in FAMILIES[family].items()
         for case in cases
-        if (not quick or case.quick) and (on_host or not (case.levels or (op in OPERATORS and OPERATORS[op].cpu_only)))
+        if case.where in ("both", device.type)
+        and (not quick or case.quick)
+        and (on_host or not (case.levels or (op in OPERATORS and OPERATORS[op].cpu_only)))
     ]
+    return sorted(found, key=lambda case: case.where != "cuda")
 
 
 def _chosen(family: str, arguments: argparse.Namespace) -> list[Case]:
