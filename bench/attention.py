@@ -12,8 +12,8 @@ from torch import Tensor
 import embedding_kernels as ek
 from embedding_kernels import reference
 
+from . import attention_gpu, ceilings
 from . import attention_peers as peers
-from . import ceilings
 from .harness import OURS, Case, Contender, Room, Work, copies
 
 _REACH = 91  # R of T5's table for encoders
@@ -175,25 +175,27 @@ _BIAS_TARGETS = {peers.PADDED: 3.0, peers.WITHOUT_BIAS: 1 / 1.1}
 _BACKWARD_BIAS_TARGETS = {peers.PADDED: 2.0}
 
 # cases that share a batch stand together
+_ON_A_PROCESSOR = [
+    _case("ragged", _RAGGED, 12, 32, _F32, _RAGGED_TARGETS, peers.NESTED, peers.FLEX, quick=True),
+    _case("ragged", _RAGGED, 12, 32, _F32, _RAGGED_TARGETS, gradient=True, quick=True),
+    _case("ragged", _RAGGED, 12, 32, _BF16, _RAGGED_TARGETS, peers.NESTED),
+    _case("ragged", _RAGGED, 12, 64, _F32, _RAGGED_TARGETS),
+    _case("ragged", _RAGGED, 12, 64, _F32, _BIAS_TARGETS, bias=True, quick=True),
+    _case("ragged", _RAGGED, 12, 64, _F32, _RAGGED_TARGETS, gradient=True),
+    _case("ragged", _RAGGED, 12, 64, _F32, _BACKWARD_BIAS_TARGETS, bias=True, gradient=True),
+    _case("ragged", _RAGGED, 12, 64, _BF16, _RAGGED_TARGETS, peers.FLEX),
+    _case("ragged", _RAGGED, 12, 64, _BF16, _BIAS_TARGETS, bias=True),
+    _case("ragged", _RAGGED, 12, 64, _BF16, _RAGGED_TARGETS, gradient=True),
+    _case("ragged", _RAGGED, 12, 64, _BF16, _BACKWARD_BIAS_TARGETS, bias=True, gradient=True),
+    _case("short", _SHORT, 12, 32, _F32, _SHORT_TARGETS, peers.NESTED),
+    _case("short", _SHORT, 12, 32, _BF16, _SHORT_TARGETS),
+    _case("dense", _DENSE, 12, 64, _F32, {peers.PADDED: 1.05}),
+    _case("dense", _DENSE, 12, 64, _BF16, {peers.PADDED: 1.6}),
+    _level_case(_F32),
+    _level_case(_BF16),
+]
+
 BENCHMARKS: dict[str, list[Case]] = {
-    "varlen_attention": [
-        _case("ragged", _RAGGED, 12, 32, _F32, _RAGGED_TARGETS, peers.NESTED, peers.FLEX, quick=True),
-        _case("ragged", _RAGGED, 12, 32, _F32, _RAGGED_TARGETS, gradient=True, quick=True),
-        _case("ragged", _RAGGED, 12, 32, _BF16, _RAGGED_TARGETS, peers.NESTED),
-        _case("ragged", _RAGGED, 12, 64, _F32, _RAGGED_TARGETS),
-        _case("ragged", _RAGGED, 12, 64, _F32, _BIAS_TARGETS, bias=True, quick=True),
-        _case("ragged", _RAGGED, 12, 64, _F32, _RAGGED_TARGETS, gradient=True),
-        _case("ragged", _RAGGED, 12, 64, _F32, _BACKWARD_BIAS_TARGETS, bias=True, gradient=True),
-        _case("ragged", _RAGGED, 12, 64, _BF16, _RAGGED_TARGETS, peers.FLEX),
-        _case("ragged", _RAGGED, 12, 64, _BF16, _BIAS_TARGETS, bias=True),
-        _case("ragged", _RAGGED, 12, 64, _BF16, _RAGGED_TARGETS, gradient=True),
-        _case("ragged", _RAGGED, 12, 64, _BF16, _BACKWARD_BIAS_TARGETS, bias=True, gradient=True),
-        _case("short", _SHORT, 12, 32, _F32, _SHORT_TARGETS, peers.NESTED),
-        _case("short", _SHORT, 12, 32, _BF16, _SHORT_TARGETS),
-        _case("dense", _DENSE, 12, 64, _F32, {peers.PADDED: 1.05}),
-        _case("dense", _DENSE, 12, 64, _BF16, {peers.PADDED: 1.6}),
-        _level_case(_F32),
-        _level_case(_BF16),
-    ],
+    "varlen_attention": [*attention_gpu.CASES, *(replace(case, where="cpu") for case in _ON_A_PROCESSOR)],
     "merge_attention": [_merge_case(8192, 12, 64, _F32, quick=True), _merge_case(8192, 12, 64, _BF16)],
 }

@@ -50,6 +50,10 @@ class Texts:
     def mask(self) -> Tensor:
         return torch.arange(self.longest, device=self.lengths.device) < self.lengths[:, None]
 
+    @cached_property
+    def padded_copies(self) -> list[Tensor]:
+        return [self.padded(rows) for rows in self.fused]
+
     def padded(self, rows: Tensor) -> Tensor:
         return ek.unpack_padded(rows.detach(), self.mask)
 
@@ -93,12 +97,12 @@ def ours(texts: Texts, with_bias: bool = True) -> Callable[[int], Sequence[Tenso
     return over(plain, texts.fused, attend, texts.grad)
 
 
-def _heads_first(rows: Tensor) -> tuple[Tensor, ...]:
+def heads_first(rows: Tensor) -> tuple[Tensor, ...]:
     """``[B, S, 3, H, D]`` to q, k and v ``[B, H, S, D]``."""
     return rows.permute(2, 0, 3, 1, 4).unbind(0)
 
 
-def _packed_answer(texts: Texts, verify: Verify) -> Verify:
+def packed_answer(texts: Texts, verify: Verify) -> Verify:
     """Padded answers, with whatever stands in the padding, against the packed ones."""
 
     def check(answer: Sequence[Tensor]) -> None:
@@ -112,13 +116,11 @@ def _padded(texts: Texts, verify: Verify) -> Contender:
 
     def attend(rows: Tensor, table: Tensor | None) -> Tensor:
         bias = texts.bias(table, texts.longest, texts.mask) if known is None else known
-        return sdpa(*_heads_first(rows), attn_mask=bias).transpose(1, 2)
+        return sdpa(*heads_first(rows), attn_mask=bias).transpose(1, 2)
 
-    copies = [texts.padded(rows) for rows in texts.fused]
     note = "padded inputs given; " + ("mask and bias formed in the call" if known is None else "mask and bias given")
-    return Contender(
-        PADDED, over(texts, copies, attend, texts.padded(texts.grad)), _packed_answer(texts, verify), note=note
-    )
+    call = over(texts, texts.padded_copies, attend, texts.padded(texts.grad))
+    return Contender(PADDED, call, packed_answer(texts, verify), note=note)
 
 
 def _loop(texts: Texts, verify: Verify) -> Contender:
@@ -150,7 +152,7 @@ def _bucketed(texts: Texts, count: int) -> tuple[Callable[[int], Sequence[Tensor
     def attend(rows: Tensor, table: Tensor | None) -> Tensor:
         outs = []
         for part, mask in zip(rows.split(sizes), masks, strict=True):
-            heads = _heads_first(part.unflatten(0, mask.shape))
+            heads = heads_first(part.unflatten(0, mask.shape))
             bias = texts.bias(table, mask.shape[1], mask)
             outs.append(sdpa(*heads, attn_mask=bias).transpose(1, 2).flatten(0, 1))
         return torch.cat(outs)
@@ -210,7 +212,7 @@ def _flex(texts: Texts, verify: Verify) -> Contender | None:
         compiled = torch.compile(flex_attention, dynamic=False)
 
         def attend(rows: Tensor, table: Tensor | None) -> Tensor:
-            return compiled(*_heads_first(rows[None]), block_mask=block_mask)[0].transpose(0, 1)
+            return compiled(*heads_first(rows[None]), block_mask=block_mask)[0].transpose(0, 1)
 
         call = over(texts, texts.fused, attend, texts.grad)
         call(0)
