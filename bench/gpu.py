@@ -25,7 +25,17 @@ import results
 from gpu_parts import PARTS
 from gpu_run import ROOT, Outcome, Part, Run, device_of_torch
 
-SOURCES = ("csrc", "kernels", "python", "tests", "bench/*.py", "CMakeLists.txt", "setup.py", "pyproject.toml")
+SOURCES = (
+    "csrc",
+    "kernels",
+    "python",
+    "tests",
+    "bench/*.py",
+    "bench/*.cu",
+    "CMakeLists.txt",
+    "setup.py",
+    "pyproject.toml",
+)
 
 
 class State:

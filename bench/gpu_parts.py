@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import tensor_rates
 from gpu_run import CUDA_BIN, NEEDS, PEERS, ROOT, Finished, Outcome, Part, Run, device_of_torch, mend, missing, program
 
 BACKENDS = ("reference", "cpu", "triton", "cuda", "cuda_hopper")
@@ -75,6 +76,44 @@ def _not_done(done: Finished, what: str) -> Outcome:
     state = "cut off" if done.cut_off else "failed"
     why = "at its limit" if done.cut_off else f"with code {done.code}"
     return Outcome(state, f"{what} ended {why}: {done.last_line}", {"log": str(done.log), "tail": done.tail(30)})
+
+
+# ---- what the machine can do ----
+
+
+def _ceilings(run: Run) -> Outcome:
+    """The units alone, by a program without torch; memory and a large product, by torch."""
+    device = device_of_torch()
+    rates = _tensor_rates(run, ("90a", "80") if isinstance(device, str) else (device.architecture,))
+    if rates.state != "done":
+        return rates
+    done = run.process("ceilings", [sys.executable, "bench/gpu_ceilings.py", "--device", run.device], 60)
+    if not done.ok:
+        outcome = _not_done(done, "reading, copying and multiplying")
+        return Outcome(outcome.state, f"{rates.what}; {outcome.what}", {**rates.found, **outcome.found})
+    reached = json.loads(done.last_line)
+    each = [
+        f"{one['name']} {one['gigabytes_per_second'] or one['giga_operations_per_second']:.0f} G" for one in reached
+    ]
+    return Outcome("done", f"{rates.what}; {', '.join(each)}", {**rates.found, "torch": reached})
+
+
+def _tensor_rates(run: Run, architectures: tuple[str, ...]) -> Outcome:
+    if missing(("nvcc",)):  # asked for where there is a GPU
+        return Outcome("done", "no nvcc: the program of rates was not compiled")
+    for architecture in architectures:
+        target = run.path("tensor_rates", f"sm_{architecture}")
+        built = run.process(f"tensor-rates-{architecture}", tensor_rates.command(architecture, target), 120)
+        if not built.ok:
+            return _not_done(built, "nvcc, of the program of rates,")
+    if run.dry_run:
+        return Outcome("done", f"the program of rates compiles for sm_{', sm_'.join(architectures)}; nothing ran")
+    done = run.process("tensor-rates", [str(target)], 60)
+    if not done.ok:
+        return _not_done(done, "the program of rates")
+    found = json.loads(done.log.read_text())
+    clocks = [rate["megahertz"] for rate in found["rates"]]
+    return Outcome("done", f"{len(clocks)} rates at {min(clocks)} to {max(clocks)} MHz", {"rates": found})
 
 
 # ---- the tests ----
@@ -248,10 +287,11 @@ PARTS: dict[str, Part] = {
     for part in (
         Part("machine", 0, _machine),
         Part("build", 1, _build, _BUILDS, ("nvcc",), needed=True),
-        Part("tests", 2, _tests, ("pytest", "hypothesis"), ("triton",)),
-        Part("conformance", 2, _conformance, ("a C++ compiler", "numpy"), ("nvcc",)),
-        Part("sanitizer", 2, _sanitizer, ("torch",), ("compute-sanitizer",)),
-        Part("warm", 2, _warm, ("tqdm",)),
-        *(Part(f"bench:{name}", 3, partial(_bench, name), ("tqdm", "numpy"), alone=True) for name in FAMILIES),
+        Part("ceilings", 2, _ceilings, ("torch", "numpy"), ("nvcc",), alone=True),
+        Part("tests", 3, _tests, ("pytest", "hypothesis"), ("triton",)),
+        Part("conformance", 3, _conformance, ("a C++ compiler", "numpy"), ("nvcc",)),
+        Part("sanitizer", 3, _sanitizer, ("torch",), ("compute-sanitizer",)),
+        Part("warm", 3, _warm, ("tqdm",)),
+        *(Part(f"bench:{name}", 4, partial(_bench, name), ("tqdm", "numpy"), alone=True) for name in FAMILIES),
     )
 }

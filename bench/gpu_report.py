@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import results
+import tensor_rates
 from gpu_run import ROOT
 
 Parts = Mapping[str, Mapping[str, Any]]
@@ -61,6 +62,7 @@ def summary(parts: Parts, measured: Mapping[str, Mapping[str, Any]], dry_run: bo
     yield "|---|---|---|---|"
     for name, part in parts.items():
         yield f"| {name} | {part['state']} | {part['seconds']:.0f} | {_cell(part['what'])} |"
+    yield from _ceilings(parts.get("ceilings", {}).get("found", {}))
     for family, whole in measured.items():
         yield ""
         yield f"## {family}"
@@ -71,6 +73,19 @@ def summary(parts: Parts, measured: Mapping[str, Mapping[str, Any]], dry_run: bo
         for kind in ("failed", "absent", "left"):
             for entry in whole[kind]:
                 yield f"| {entry['op']} | {entry['title']} | {kind} | | | {_cell(entry['reason'])} |"
+
+
+def _ceilings(found: Mapping[str, Any]) -> Iterator[str]:
+    if found:
+        yield from ("", "## What the machine can do", "")
+    if "rates" in found:
+        yield from (*tensor_rates.rows(found["rates"]), "")
+    for one in found.get("torch", ()):
+        rate = one["gigabytes_per_second"]
+        reached = (
+            f"{rate:.0f} GB/s" if rate else f"{one['giga_operations_per_second'] / 1e3:.4g} T {one['operations_are']}/s"
+        )
+        yield f"- {one['name']}, by torch: {reached}"
 
 
 def _cell(text: str) -> str:

@@ -59,13 +59,13 @@ def test_is_refused_without_a_gpu():
 def test_unknown_parts_are_named(tmp_path):
     done = command("--dry-run", "--parts", "warmth", "--output", str(tmp_path))
     assert done.returncode == 2
-    assert "none of machine, build, tests" in done.stderr
+    assert "none of machine, build, ceilings, tests" in done.stderr
 
 
 @pytest.mark.slow
 def test_dry_run_from_end_to_end(tmp_path):
     """All parts but the build, which would replace the libraries that are under test."""
-    parts = "machine,conformance,sanitizer,warm,bench:anchor_scores"
+    parts = "machine,ceilings,conformance,sanitizer,warm,bench:anchor_scores"
     done = command("--dry-run", "--parts", parts, "--output", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     whole = json.loads((tmp_path / "gpu.json").read_text())
@@ -131,8 +131,9 @@ def test_nothing_follows_a_failed_build(modules, monkeypatch, tmp_path):
 def test_timed_parts_run_alone(modules):
     gpu, parts = modules["gpu"], modules["gpu_parts"].PARTS
     stages = gpu._stages(list(parts.values()))
-    assert [part.name for part in stages[2]] == ["tests", "conformance", "sanitizer", "warm"]
-    assert all(len(stage) == 1 for stage in stages[3:])
+    assert [part.name for part in stages[2]] == ["ceilings"]
+    assert [part.name for part in stages[3]] == ["tests", "conformance", "sanitizer", "warm"]
+    assert all(len(stage) == 1 for stage in stages[4:])
     assert sum(map(len, stages)) == len(parts)
 
 
