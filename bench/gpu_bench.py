@@ -105,7 +105,8 @@ def measure_all(cases: list[Case], room: Room, protocol: Protocol, seconds: floa
             continue
         try:
             patient = replace(protocol, seconds=case.patience * protocol.seconds)
-            pace = paced(patient, deadline, len(cases) - place, least=0.2 * case.patience)
+            shares = sum(other.patience for other in cases[place:]) / case.patience
+            pace = paced(patient, deadline, shares, least=0.2 * case.patience)
             record.add("cases", time_case(case, contenders(case, room), room, pace))
         except (ImportError, MissingDemoPackageError) as error:
             record.add("absent", _named(case, error))

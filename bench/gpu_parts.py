@@ -20,7 +20,7 @@ BACKENDS = ("reference", "cpu", "triton", "cuda", "cuda_hopper")
 LEFT_OUT = ("tests/build/test_install.py", "tests/build/test_gpu_command.py", "tests/cuda_host/")
 #: a family's share of the time that is left for benchmarks
 FAMILIES = {
-    "norm": 4, "pooling": 3, "hamming": 4, "attention": 4, "latent_attention": 4, "anchor_scores": 2,
+    "norm": 4, "pooling": 3, "hamming": 6, "attention": 10, "latent_attention": 4, "anchor_scores": 2,
     "latent_attention_head": 1, "multi_view": 1, "embedder": 1, "token_prepending": 1,
 }  # fmt: skip
 CHECKS = ("memcheck", "racecheck", "synccheck")

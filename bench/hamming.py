@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 import embedding_kernels as ek
 
-from . import ceilings, rescoring
+from . import ceilings, hamming_gpu, rescoring
 from . import hamming_peers as peers
 from .harness import OURS, Case, Contender, Room, Work, copies
 
@@ -218,6 +219,30 @@ def _level_pack_bits(rows: int, dim: int, dtype: torch.dtype) -> Case:
     return _level_case("pack_bits", f"{rows} × {dim} {kind}", build, work)
 
 
+_ON_A_PROCESSOR = [
+    _topk_case(200_000, 384, 1, 10, peers.NUMKONG, peers.NUMPY_COUNT, peers.TORCH_TABLE, quick=True),
+    _topk_case(200_000, 384, 1, 100, peers.NUMKONG),
+    _topk_case(200_000, 1024, 1, 10, peers.NUMKONG),
+    _topk_case(1_000_000, 384, 1, 10, peers.NUMKONG),
+    _topk_case(1_000_000, 1024, 1, 10, peers.NUMKONG),
+    _topk_case(1_000_000, 1024, 1, 100),
+    _topk_case(200_000, 384, 16, 10, peers.NUMKONG, peers.TORCH_MATMUL, quick=True),
+    _topk_case(200_000, 384, 16, 100),
+    _topk_case(200_000, 1024, 16, 10, peers.NUMKONG),
+    _topk_case(200_000, 1024, 16, 100),
+    _topk_case(200_000, 384, 256, 10, peers.NUMKONG, peers.TORCH_MATMUL),
+    _topk_case(200_000, 384, 256, 100),
+    _topk_case(200_000, 1024, 256, 10, peers.NUMKONG),
+    _topk_case(200_000, 1024, 256, 100),
+    _topk_case(200_000, 128, 256, 100),
+    _topk_case(200_000, 256, 256, 100),
+    _topk_case(200_000, 1024, 256, 10_000),
+    _level_topk(1, 1024, 8_000, quick=True),
+    _level_topk(1, 384, 20_000),
+    _level_topk(16, 384, 20_000),
+    _level_topk(64, 1024, 8_000),
+]
+
 BENCHMARKS: dict[str, list[Case]] = {
     "pack_bits": [
         _pack_bits_case(16384, 384, torch.float32, peers.NUMPY_PACK, peers.QUANTIZE, peers.TORCH_PACK, quick=True),
@@ -232,29 +257,7 @@ BENCHMARKS: dict[str, list[Case]] = {
         _distance_case(20_000, 1024, 256, peers.NUMKONG, peers.NUMPY_COUNT, peers.TORCH_MATMUL),
         _level_distance(16, 1024, 8_000),
     ],
-    "hamming_topk": [
-        _topk_case(200_000, 384, 1, 10, peers.NUMKONG, peers.NUMPY_COUNT, peers.TORCH_TABLE, quick=True),
-        _topk_case(200_000, 384, 1, 100, peers.NUMKONG),
-        _topk_case(200_000, 1024, 1, 10, peers.NUMKONG),
-        _topk_case(1_000_000, 384, 1, 10, peers.NUMKONG),
-        _topk_case(1_000_000, 1024, 1, 10, peers.NUMKONG),
-        _topk_case(1_000_000, 1024, 1, 100),
-        _topk_case(200_000, 384, 16, 10, peers.NUMKONG, peers.TORCH_MATMUL, quick=True),
-        _topk_case(200_000, 384, 16, 100),
-        _topk_case(200_000, 1024, 16, 10, peers.NUMKONG),
-        _topk_case(200_000, 1024, 16, 100),
-        _topk_case(200_000, 384, 256, 10, peers.NUMKONG, peers.TORCH_MATMUL),
-        _topk_case(200_000, 384, 256, 100),
-        _topk_case(200_000, 1024, 256, 10, peers.NUMKONG),
-        _topk_case(200_000, 1024, 256, 100),
-        _topk_case(200_000, 128, 256, 100),
-        _topk_case(200_000, 256, 256, 100),
-        _topk_case(200_000, 1024, 256, 10_000),
-        _level_topk(1, 1024, 8_000, quick=True),
-        _level_topk(1, 384, 20_000),
-        _level_topk(16, 384, 20_000),
-        _level_topk(64, 1024, 8_000),
-    ],
+    "hamming_topk": [*hamming_gpu.CASES, *(replace(case, where="cpu") for case in _ON_A_PROCESSOR)],
     "hamming_range": [
         _range_case(200_000, 384, 1, peers.FAISS, peers.NUMPY_COUNT, quick=True),
         _range_case(200_000, 1024, 32, peers.FAISS),

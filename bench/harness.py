@@ -206,17 +206,18 @@ def copies(tensor: torch.Tensor, room: Room, most: int = 64) -> list[torch.Tenso
 def admit(contenders: Sequence[Contender]) -> tuple[list[Contender], dict[str, str]]:
     """Those whose answer is right, and why the others are not timed. A wrong answer of ours ends the run.
 
-    A peer may also have no kernel for the case, or too little memory: torch raises RuntimeError for both.
+    A peer may also have no kernel for the case, too little memory, or fail to compile: each library has its own errors.
     """
     admitted, refused = [], {}
     for contender in contenders:
         try:
             contender.check()
             admitted.append(contender)
-        except RuntimeError as error:
+        except Exception as error:
             if contender.role != "peer":
                 raise
-            refused[contender.name] = str(error)[:500]
+            wrong = isinstance(error, WrongAnswerError)
+            refused[contender.name] = str(error) if wrong else f"{type(error).__name__}: {error}"[:500]
     return admitted, refused
 
 

@@ -93,7 +93,7 @@ def time_case(case: Case, built: list[Contender], room: Room, protocol: Protocol
     return summarise(case, contenders, refused, calibration, samples, protocol)
 
 
-def paced(protocol: Protocol, deadline: float, cases_left: int, least: float = 0.5) -> Protocol:
+def paced(protocol: Protocol, deadline: float, cases_left: float, least: float = 0.5) -> Protocol:
     """Less time for a case when, on a busy machine, there is less left; preparing it takes its share."""
     share = 0.6 * (deadline - time.monotonic()) / cases_left
     return replace(protocol, seconds=min(protocol.seconds, max(share, least)))
