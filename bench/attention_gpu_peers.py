@@ -115,7 +115,7 @@ def _flex(texts: Texts, verify: Verify) -> Contender | None:
     lengths = (len(text_of_row),) * 2
     mask = BlockMask.from_kv_blocks(many, which, BLOCK_SIZE=_BLOCK, mask_mod=same_text, seq_lengths=lengths)
 
-    def run(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None) -> Tensor:
+    def run(q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, mask: BlockMask) -> Tensor:
         if table is None:
             return flex_attention(q, k, v, block_mask=mask)
         reach = table.shape[1] // 2
@@ -129,7 +129,7 @@ def _flex(texts: Texts, verify: Verify) -> Contender | None:
     fast = compiled(run) if _on_gpu(texts) else run
 
     def attend(rows: Tensor, table: Tensor | None) -> Tensor:
-        return fast(*heads_first(rows[None]), table)[0].transpose(0, 1)
+        return fast(*heads_first(rows[None]), table, mask)[0].transpose(0, 1)
 
     note = "packed, one block mask for the texts, compiled and masked beforehand"
     return Contender(FLEX, over(texts, texts.fused, attend, texts.grad), verify, note=note)
