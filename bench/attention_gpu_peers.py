@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from .attention_peers import FLEX, WITHOUT_BIAS, Texts, Verify, heads_first, ours, over, packed_answer
+from . import attention_peers
+from .attention_peers import BUCKETS, FLEX, WITHOUT_BIAS, Texts, Verify, heads_first, over, packed_answer
 from .harness import Contender, compiled
 from .within import Within
 
@@ -135,16 +136,11 @@ def _flex(texts: Texts, verify: Verify) -> Contender | None:
     return Contender(FLEX, over(texts, texts.fused, attend, texts.grad), verify, note=note)
 
 
-def _without_bias(texts: Texts, verify: Verify) -> Contender:
-    del verify  # another answer; the cases without a table check it
-    return Contender(WITHOUT_BIAS, ours(texts, with_bias=False))
-
-
 MAKERS: dict[str, Callable[[Texts, Verify], Contender | None]] = {
     FLASH: partial(_one_backend, FLASH, SDPBackend.FLASH_ATTENTION),
     CUDNN: partial(_one_backend, CUDNN, SDPBackend.CUDNN_ATTENTION),
     EFFICIENT: partial(_one_backend, EFFICIENT, SDPBackend.EFFICIENT_ATTENTION),
     VARLEN: _varlen,
     FLEX: _flex,
-    WITHOUT_BIAS: _without_bias,
+    **{name: attention_peers.MAKERS[name] for name in (BUCKETS, WITHOUT_BIAS)},
 }

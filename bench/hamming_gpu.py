@@ -72,8 +72,8 @@ def _ones(words: Tensor) -> Tensor:
 
 
 def distances(query: Tensor, codes: Tensor) -> Tensor:
-    """int32 [N], of one query [B]."""
-    return _ones(query.view(torch.int64) ^ codes.view(torch.int64)).sum(-1, dtype=torch.int32)
+    """int32 [N], of one query [W] in int64 words."""
+    return _ones(query ^ codes).sum(-1, dtype=torch.int32)
 
 
 def signs(codes: Tensor) -> Tensor:
@@ -100,7 +100,8 @@ def by_popcount(shape: Shape, count: Callable[[Tensor, Tensor], Tensor] = distan
     def search(queries: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
         found = []
         for first, part in _parts(codes, shape.part):
-            near, places = count(queries[0], part).topk(min(shape.k, len(part)), largest=False)
+            of_part = count(queries[0].view(torch.int64), part.view(torch.int64))
+            near, places = of_part.topk(min(shape.k, len(part)), largest=False)
             found.append((near[None], places[None] + first))
         return _nearest(found, shape.k)
 
@@ -148,6 +149,7 @@ def truth(corpus: Corpus, shape: Shape) -> Truth:
 
 def _ranked(query: Tensor, codes: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
     """The nearest of one query by (distance, index)."""
+    query, codes = query.view(torch.int64), codes.view(torch.int64)
     every = torch.cat([distances(query, part).short() for _, part in _parts(codes, shape.part)])
     last = every.topk(shape.k, largest=False).values[-1]
     places = (every <= last).nonzero()[:, 0]  # in order of index, which a stable sort keeps
@@ -195,7 +197,7 @@ def _cupy_distances() -> Callable[[Tensor, Tensor], Tensor]:
     kernel = cupy.ReductionKernel("uint64 a, uint64 b", "int32 y", "__popcll(a ^ b)", "a + b", "y = a", "0", "hamming")
 
     def count(query: Tensor, codes: Tensor) -> Tensor:
-        words = [cupy.from_dlpack(part.view(torch.int64)).view(cupy.uint64) for part in (query, codes)]
+        words = [cupy.from_dlpack(part).view(cupy.uint64) for part in (query, codes)]
         return torch.from_dlpack(kernel(words[0][None], words[1], axis=1))
 
     return count
