@@ -18,7 +18,7 @@ import torch
 
 from embedding_kernels.demo_data import SMOLLM2_PACKAGE, minilm_directory, read_bible, smollm2_directory
 
-from . import ceilings
+from . import ceilings, embedder_gpu
 from .harness import OURS, Case, Contender, Room, Work
 
 _WORDNET = Path("/usr/share/wordnet")
@@ -96,7 +96,7 @@ def _build(model: str, count: int, joined: int, dtype: torch.dtype, room: Room) 
             assert nearest >= 1 - 4 * torch.finfo(dtype).eps, f"a vector has cosine {nearest:.5f} with that of float32"
 
     ours = _embedder(model, dtype, room.device)
-    work = _work(ours, texts[:count], dtype)
+    work = embedder_gpu.work_of(ours.model, ours.tokenizer, texts[:count], dtype)
     theirs = _sentence_transformer(model, dtype, room.device)
     contenders = [
         Contender(
@@ -107,17 +107,6 @@ def _build(model: str, count: int, joined: int, dtype: torch.dtype, room: Room) 
         encode = partial(theirs.encode, batch_size=size, show_progress_bar=False)
         contenders.append(Contender(name, _over(encode, texts, count), verify, work=work))
     return [*contenders, ceilings.matmul(room, dtype)]
-
-
-def _work(embedder: Any, texts: list[str], dtype: torch.dtype) -> Work:
-    """A multiplication and an addition for each token and weight of the layers; attention, little here, aside."""
-    tokens = sum(len(ids) for ids in embedder.tokenizer(texts, truncation=True)["input_ids"])
-    weights = sum(parameter.numel() for parameter in _layers(embedder.model).parameters())
-    return Work(weights * dtype.itemsize, 2 * tokens * weights, _unit(dtype))
-
-
-def _layers(model: Any) -> Any:
-    return model.encoder if hasattr(model, "encoder") else model.layers
 
 
 def _unit(dtype: torch.dtype) -> str:
@@ -142,6 +131,7 @@ _F32, _BF16 = torch.float32, torch.bfloat16
 
 BENCHMARKS: dict[str, list[Case]] = {
     "embedder": [
+        *embedder_gpu.CASES,
         _case("definitions", 128, 1, _F32, quick=True),
         _case("definitions", 128, 1, _BF16),
         _case("joined definitions", 48, 6, _F32),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -15,23 +17,44 @@ from torch.nn import functional
 from embedding_kernels.nn import LatentAttentionPooling
 
 from . import ceilings
-from .harness import OURS, Case, Contender, Room, Work, copies
+from .harness import OURS, Case, Contender, Room, Work, compiled, copies
 
 FOLDED = "plain torch, folded"
 PUBLISHED = "published, padded"
-_WIDTH, _LATENTS, _HEADS, _INNER = 4096, 512, 8, 16384
+COMPILED = "published, padded, compiled"
+
+
+@dataclass(frozen=True)
+class Size:
+    """NV-Embed's, if nothing else is said."""
+
+    width: int = 4096
+    latents: int = 512
+    heads: int = 8
+    head_dim: int = 4096
+
+    @property
+    def folded(self) -> int:
+        return self.heads * self.latents
+
+    @property
+    def inner(self) -> int:
+        return 4 * self.width
+
+
+_REAL, _SMALL = Size(), Size(64, 16, 2, 32)
 
 
 @cache
-def _head(dtype: torch.dtype, device: torch.device) -> LatentAttentionPooling:
+def _head(dtype: torch.dtype, device: torch.device, size: Size = _REAL) -> LatentAttentionPooling:
     """Seeded weights of a size that keeps every layer's output near 1."""
     with torch.device("meta"):
-        head = LatentAttentionPooling()
-    seeded = torch.Generator().manual_seed(0)
+        head = LatentAttentionPooling(size.width, size.latents, size.heads, size.head_dim)
+    seeded = torch.Generator(device).manual_seed(0)
     state = {}
     for name, tensor in head.state_dict().items():
-        values = torch.randn(tensor.shape, generator=seeded)
-        state[name] = (values if name == "latents" else values / math.sqrt(tensor.shape[-1])).to(device, dtype)
+        values = torch.randn(tensor.shape, generator=seeded, device=device)
+        state[name] = (values if name == "latents" else values / math.sqrt(tensor.shape[-1])).to(dtype)
     head.load_state_dict(state, assign=True)
     return head
 
@@ -50,7 +73,7 @@ def _plain_folded(head: LatentAttentionPooling, folded: tuple[Tensor, Tensor], x
     attention, feed_forward = head.cross_attend_blocks
     up, down = feed_forward.fn.net["0"], feed_forward.fn.net["2"]
     scores, mix = folded
-    probabilities = functional.linear(attention.norm(x), scores).unflatten(1, (_HEADS, _LATENTS)).softmax(-1)
+    probabilities = functional.linear(attention.norm(x), scores).unflatten(1, (head.heads, -1)).softmax(-1)
     y = x + functional.linear(probabilities.flatten(1), mix)
     value, gate = up(feed_forward.norm(y)).chunk(2, -1)
     lengths = cu_seqlens.diff()
@@ -65,7 +88,7 @@ def _published(head: LatentAttentionPooling, x: Tensor, mask: Tensor) -> Tensor:
     latents = head.latents.expand(len(x), -1, -1)
     query = layers.to_q(attention.norm(x))
     key, value = layers.to_kv(attention.norm_context(latents)).chunk(2, -1)
-    query, key, value = (part.unflatten(-1, (_HEADS, -1)).transpose(1, 2) for part in (query, key, value))
+    query, key, value = (part.unflatten(-1, (head.heads, -1)).transpose(1, 2) for part in (query, key, value))
     mixed = functional.scaled_dot_product_attention(query, key, value)
     y = layers.to_out(mixed.transpose(1, 2).flatten(2)) + x
     part, gate = feed_forward.fn.net["0"](feed_forward.norm(y)).chunk(2, -1)
@@ -126,7 +149,7 @@ def _exact(dtype: torch.dtype, x: Tensor, lengths: list[int], cu_seqlens: Tensor
 def _build(sequences: int, longest: int, dtype: torch.dtype, published: bool, room: Room) -> list[Contender]:
     head, lengths = _head(dtype, room.device), _lengths(sequences, longest)
     seeded = torch.Generator().manual_seed(1)
-    rows = copies(torch.randn(sum(lengths), _WIDTH, generator=seeded).to(room.device, dtype), room, most=4)
+    rows = copies(torch.randn(sum(lengths), _REAL.width, generator=seeded).to(room.device, dtype), room, most=4)
     cu_seqlens = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=room.device)
     verify = _verifier(_exact(dtype, rows[0], lengths, cu_seqlens), dtype)
     ours = head.fold()
@@ -153,9 +176,9 @@ def _build_training(sequences: int, longest: int, dtype: torch.dtype, room: Room
     """A step's forward and backward, in which both fold anew; gradients of the hidden states and every parameter."""
     head, lengths = _head(dtype, room.device), _lengths(sequences, longest)
     seeded = torch.Generator().manual_seed(1)
-    x = torch.randn(sum(lengths), _WIDTH, generator=seeded).to(room.device, dtype).requires_grad_()
+    x = torch.randn(sum(lengths), _REAL.width, generator=seeded).to(room.device, dtype).requires_grad_()
     cu_seqlens = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=room.device)
-    grad = torch.randn(sequences, _WIDTH, generator=seeded).to(room.device)
+    grad = torch.randn(sequences, _REAL.width, generator=seeded).to(room.device)
     leaves = [x, *head.parameters()]
 
     def call(run: Callable[[], Tensor]) -> Callable[[int], tuple[Tensor, ...]]:
@@ -175,11 +198,10 @@ def _build_training(sequences: int, longest: int, dtype: torch.dtype, room: Room
     ]
 
 
-def _work(tokens: int, sequences: int, dtype: torch.dtype, unit: str) -> Work:
-    folded = _HEADS * _LATENTS
-    weights = 2 * _WIDTH * folded + 2 * _WIDTH * _INNER
-    operations = 2 * tokens * weights + 2 * sequences * _WIDTH * _INNER
-    return Work((weights + _WIDTH * _INNER) * dtype.itemsize, operations, unit)
+def _work(tokens: int, sequences: int, dtype: torch.dtype, unit: str, size: Size = _REAL) -> Work:
+    weights = 2 * size.width * size.folded + 2 * size.width * size.inner
+    operations = 2 * tokens * weights + 2 * sequences * size.width * size.inner
+    return Work((weights + size.width * size.inner) * dtype.itemsize, operations, unit)
 
 
 def _case(sequences: int, longest: int, dtype: torch.dtype, published: bool = False, training: bool = False) -> Case:
@@ -201,10 +223,79 @@ def _case(sequences: int, longest: int, dtype: torch.dtype, published: bool = Fa
     )
 
 
+# ---- at a size of a GPU ----
+
+_CHECKED = 3  # texts whose vectors are held against the published head's in float32
+
+
+def _full(sequences: int, longest: int, even: bool) -> list[int]:
+    return [longest] * sequences if even else _lengths(sequences, longest)
+
+
+def _build_batch(
+    size: Size, sequences: int, longest: int, even: bool, dtype: torch.dtype, room: Room
+) -> list[Contender]:
+    """A batch as a model hands it over: packed to ours, padded to the published head."""
+    head, lengths = _head(dtype, room.device, size), _full(sequences, longest, even)
+    seeded = torch.Generator(room.device).manual_seed(1)
+    tokens = torch.randn(sum(lengths), size.width, generator=seeded, device=room.device).to(dtype)
+    rows = copies(tokens, room, most=4)
+    batches = [_padded(x, lengths) for x in rows]
+    cu_seqlens = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32, device=room.device)
+    first = lengths[:_CHECKED]
+    with torch.inference_mode():
+        exact = _published(_float32(size, dtype, room.device), *_padded(rows[0][: sum(first)].float(), first))
+    verify_first = _verifier(exact, dtype)
+
+    def verify(vectors: Tensor) -> None:
+        assert vectors.shape == (sequences, size.width), f"shape {tuple(vectors.shape)}"
+        verify_first(vectors[: len(exact)].float())
+
+    ours, quick = head.fold(), compiled(partial(_published, head))
+
+    def call(run: Callable[..., Tensor], batches: list[tuple[Tensor, Tensor]]) -> Callable[[int], Tensor]:
+        def inferred(turn: int) -> Tensor:
+            with torch.inference_mode():
+                return run(*batches[turn % len(batches)])
+
+        return inferred
+
+    return [
+        Contender(OURS, call(ours, [(x, cu_seqlens) for x in rows]), verify, role="ours"),
+        Contender(PUBLISHED, call(partial(_published, head), batches), verify),
+        Contender(COMPILED, call(quick, batches), verify),
+        ceilings.matmul(room, dtype),
+    ]
+
+
+def _float32(size: Size, dtype: torch.dtype, device: torch.device) -> LatentAttentionPooling:
+    """The same weights, computing in float32."""
+    return copy.deepcopy(_head(dtype, device, size)).float()
+
+
+def _made(size: Size, sequences: int, longest: int, even: bool, dtype: torch.dtype) -> Case:
+    kind, tokens = str(dtype).removeprefix("torch."), sum(_full(sequences, longest, even))
+    filled = f"of {longest} tokens" if even else f"of up to {longest}, {tokens} tokens"
+    return Case(
+        "latent_attention_head",
+        f"{sequences} texts {filled}, width {size.width} {kind} forward",
+        {"sequences": sequences, "longest": longest, "tokens": tokens, "dtype": kind, "width": size.width},
+        (PUBLISHED, COMPILED),
+        partial(_build_batch, size, sequences, longest, even, dtype),
+        _work(tokens, sequences, dtype, f"{kind} operations", size),
+    )
+
+
+def _gpu_case(even: bool) -> Case:
+    small = _made(_SMALL, 5, 24, even, torch.float32)
+    return replace(_made(_REAL, 64, 512, even, torch.bfloat16), where="cuda", small=small, patience=2.0)
+
+
 _F32, _BF16 = torch.float32, torch.bfloat16
 
 BENCHMARKS: dict[str, list[Case]] = {
     "latent_attention_head": [
+        *(_gpu_case(even) for even in (True, False)),
         _case(2, 32, _BF16, published=True),
         _case(8, 32, _BF16),
         _case(4, 512, _BF16, published=True),

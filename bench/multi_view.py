@@ -17,7 +17,7 @@ from embedding_kernels.demo_data import minilm_directory
 from embedding_kernels.models import MultiViewModel, MultiViewReranker
 from embedding_kernels.ops.anchor_scores import anchor_scores
 
-from . import ceilings
+from . import ceilings, multi_view_gpu
 from .embedder import texts_joined
 from .harness import OURS, Case, Contender, Room, Work
 
@@ -238,6 +238,7 @@ _DTYPES = (torch.float32, torch.bfloat16)
 BENCHMARKS: dict[str, list[Case]] = {
     "multi_view_decoder": [_decoder_case(queries, dtype) for queries in (1, 16) for dtype in _DTYPES],
     "multi_view_ranking": [
+        *multi_view_gpu.CASES,
         *(_ranking_case(100, (BATCH, MAXIMUM), {BATCH: 1.8}, dtype) for dtype in _DTYPES),
         # fewer passages: a repetition of the generator takes minutes else, and its time grows with them as ours does
         *(_ranking_case(40, (POINTWISE, SLIDING), {}, dtype) for dtype in _DTYPES),

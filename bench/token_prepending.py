@@ -17,11 +17,11 @@ from torch import Tensor
 
 from embedding_kernels.demo_data import SMOLLM2_PACKAGE, smollm2_directory
 
-from . import ceilings
+from . import ceilings, token_prepending_gpu
 from .embedder import definitions
 from .harness import OURS, Case, Contender, Room, Work
+from .token_prepending_gpu import NOT_COPIED
 
-NOT_COPIED = "the same prompt with <PST>, not copied"
 UNTRIMMED = "PromptEOL, our blocks, nothing trimmed"
 PUBLISHED = "published way: padded, all layers, all states"
 _PEERS = (NOT_COPIED, UNTRIMMED, PUBLISHED)
@@ -167,5 +167,8 @@ def _case(count: int, dtype: torch.dtype, quick: bool = False) -> Case:
 
 
 BENCHMARKS: dict[str, list[Case]] = {
-    "token_prepending": [_case(64, torch.float32), _case(64, torch.bfloat16)] if find_spec(SMOLLM2_PACKAGE) else []
+    "token_prepending": [
+        *token_prepending_gpu.CASES,
+        *([_case(64, torch.float32), _case(64, torch.bfloat16)] if find_spec(SMOLLM2_PACKAGE) else []),
+    ]
 }
