@@ -21,7 +21,7 @@ LEFT_OUT = ("tests/build/test_install.py", "tests/build/test_gpu_command.py", "t
 #: a family's share of the time that is left for benchmarks
 FAMILIES = {
     "norm": 4, "pooling": 3, "hamming": 6, "attention": 10, "latent_attention": 4, "anchor_scores": 2,
-    "latent_attention_head": 1, "multi_view": 1, "embedder": 1, "token_prepending": 1,
+    "latent_attention_head": 2, "multi_view": 2, "embedder": 3, "token_prepending": 1,
 }  # fmt: skip
 CHECKS = ("memcheck", "racecheck", "synccheck")
 #: what runs beside the tests ends with them

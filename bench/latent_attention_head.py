@@ -300,8 +300,8 @@ BENCHMARKS: dict[str, list[Case]] = {
         _case(8, 32, _BF16),
         _case(4, 512, _BF16, published=True),
         _case(4, 512, _BF16, training=True),
-        _case(2, 32, _F32, published=True),
-        _case(8, 32, _F32),
-        _case(4, 512, _F32),
+        replace(_case(2, 32, _F32, published=True), where="cpu"),
+        replace(_case(8, 32, _F32), where="cpu"),
+        replace(_case(4, 512, _F32), where="cpu"),
     ]
 }
