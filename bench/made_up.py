@@ -72,8 +72,11 @@ def in_float32(of: Any) -> Any:
 
 
 def near(exact: np.ndarray, count: int, dtype: torch.dtype) -> Callable[[Any], None]:
-    """Verifies ``count`` vectors by the first of them: float32 by coordinate, else by their angle."""
-    exact = np.asarray(exact, dtype=np.float64)
+    """Verifies ``count`` vectors by the first of them: float32 by coordinate, else by their angle.
+
+    Eight layers' roundings of bfloat16 come to 1 - cosine = 0.0001; token prepending not done, to 0.01.
+    """
+    exact, allowed = np.asarray(exact, dtype=np.float64), torch.finfo(dtype).eps / 8
 
     def verify(answer: Any) -> None:
         assert answer.shape == (count, exact.shape[1]), f"shape {answer.shape}, expected {(count, exact.shape[1])}"
@@ -84,6 +87,6 @@ def near(exact: np.ndarray, count: int, dtype: torch.dtype) -> Callable[[Any], N
             assert worst <= 1e-5, f"a coordinate differs by {worst:.3g} of its vector's length from float32's"
         else:
             least = float(((first * exact).sum(1) / (np.linalg.norm(first, axis=1) * scale)).min())
-            assert least >= 1 - 4 * torch.finfo(dtype).eps, f"a vector has cosine {least:.5f} with that of float32"
+            assert least >= 1 - allowed, f"a vector has cosine {least:.5f} with that of float32, allowed {1 - allowed}"
 
     return verify

@@ -70,7 +70,7 @@ def test_small_ones_build_and_agree(bench, family, place):
 
 @pytest.mark.parametrize(("family", "place"), CASES)
 def test_a_wrong_answer_is_not_admitted(bench, family, place):
-    """The last one that is looked at, off by a twentieth of its length; float32 is told from what is nearly right."""
+    """A vector off by a twentieth of its length, or a score of its list's."""
     pytest.importorskip("sentence_transformers")
     built = of_gpu(bench, family)[place].small.build(room(bench))
     ours = built[0]
@@ -85,12 +85,14 @@ def test_bfloat16_keeps_to_its_bounds_at_the_real_depth(bench):
     """What is measured is bfloat16, through all of a model's layers."""
     decoders, views = bench["embedder_gpu"], bench["multi_view_gpu"]
     shape = replace(decoders.MISTRAL.small(), width=256, inner=896, layers=8, heads=8)
+    head = bench["latent_attention_head"]
     deep = replace(views._T5_BASE.small(), width=128, inner=512, layers=12)
     for built in (
         decoders._build_decoder(shape, torch.bfloat16, room(bench)),
         bench["token_prepending_gpu"]._build(shape, torch.bfloat16, room(bench)),
         decoders._build_encoder(replace(decoders.MINILM.small(), layers=6), torch.bfloat16, room(bench)),
         views._build(deep, torch.bfloat16, room(bench)),
+        head._build_batch(head.Size(256, 64, 4, 128), 5, 40, False, torch.bfloat16, room(bench)),
     ):
         _, refused = bench["harness"].admit([each for each in built if each.role != "ceiling"])
         assert not refused
@@ -104,8 +106,9 @@ def test_copies_change_the_vectors_that_are_checked(bench):
     texts = decoders.texts_of(shape)[0]
     plain = prepending._exact(shape, model, tokenizer, texts[:24], copy=False)
     copied = prepending._embedder(shape, model, tokenizer).encode(texts)
-    with pytest.raises(AssertionError):
-        made_up.near(plain, shape.texts, torch.float32)(copied)
+    for dtype in (torch.float32, torch.bfloat16):  # by the bounds of either
+        with pytest.raises(AssertionError):
+            made_up.near(plain, shape.texts, dtype)(copied)
 
 
 def test_shapes_are_those_of_the_models_named(bench):
