@@ -4,6 +4,7 @@ ones are refused."""
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
 from contextlib import contextmanager
@@ -250,6 +251,38 @@ def test_blocks_of_flex_attention_reach_just_the_texts(bench):
     assert all(sorted(row) == list(range(len(many))) for row in which.tolist())
 
 
+def test_one_backend_of_torch_is_one(bench, monkeypatch):
+    """A processor has the flash backend, and no other of those that a GPU has."""
+    peers, harness = bench("attention_gpu_peers"), bench("harness")
+    monkeypatch.setattr(peers, "_on_gpu", lambda texts: True)
+    for batch in (bench("attention_gpu")._dense(2048, 16, 128).small(), bench("attention_gpu")._ragged(64).small()):
+        texts = made_texts(bench, batch, gradient=True)
+        verify = bench("attention_truth").verifier(texts)
+        made = [peers.MAKERS[name](texts, verify) for name in (peers.FLASH, peers.EFFICIENT, peers.CUDNN)]
+        admitted, refused = harness.admit(made)
+        assert [contender.name for contender in admitted] == [peers.FLASH]
+        assert set(refused) == {peers.EFFICIENT, peers.CUDNN}
+        assert all(reason.startswith("RuntimeError") for reason in refused.values())
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_packed_attention_of_torch_is_called_as_this_torch_has_it(bench, monkeypatch, gradient):
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    signature = inspect.signature(varlen.varlen_attn)
+
+    def stands_in(*arguments):
+        signature.bind(*arguments)
+        return reference.varlen_attention(*arguments)[0]
+
+    peers = bench("attention_gpu_peers")
+    texts = made_texts(bench, bench("attention_gpu")._ragged(64).small(), gradient)
+    verify = bench("attention_truth").verifier(texts)
+    assert peers.MAKERS[peers.VARLEN](texts, verify) is None
+    monkeypatch.setattr(peers, "_on_gpu", lambda texts: True)
+    monkeypatch.setattr(varlen, "varlen_attn", stands_in)
+    peers.MAKERS[peers.VARLEN](texts, verify).check()
+
+
 def test_skewed_lengths_have_the_mean_of_sentences(bench):
     for texts in (64, 512, 4096):
         lengths = bench("attention_gpu")._ragged(texts).lengths()
@@ -286,6 +319,18 @@ def test_nearest_codes_are_those_of_the_definition(searched, bench, room):
 def test_bits_are_counted_in_words_of_all_kinds(bench):
     words = torch.tensor([0, -1, 1, -(2**63), 2**63 - 1, 0x5555555555555555, -2], dtype=torch.int64)
     assert bench("hamming_gpu")._ones(words).tolist() == [0, 64, 1, 1, 63, 32, 63]
+
+
+def test_answers_of_faiss_are_read(searched, monkeypatch):
+    """Its index on the processor in the place of the one on a GPU, whose methods are the same."""
+    gpu, corpus, shape, truth = searched
+    faiss = pytest.importorskip("faiss")
+    verify = gpu.verifier(corpus, shape, truth, False)
+    assert gpu._faiss(corpus, shape, verify) is None
+    monkeypatch.setattr(type(corpus), "on_host", False)
+    monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
+    monkeypatch.setattr(faiss, "GpuIndexBinaryFlat", lambda resources, bits: faiss.IndexBinaryFlat(bits), raising=False)
+    gpu._faiss(corpus, shape, verify).check()
 
 
 def test_wrong_nearest_codes_are_refused(searched):
