@@ -43,6 +43,15 @@ def room(bench):
     return bench("harness").Room(CPU, 1, quick=True, cold_bytes=1)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small as they are, threads would wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 # ---- all cases ----
 
 
