@@ -16,7 +16,7 @@ HERE = Path(__file__).parent.resolve()
 ROOT = HERE.parents[1]
 OUTPUT = ROOT / "build" / "cuda_host"
 
-COMMON = ("-std=c++20", "-g", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-MMD")
+COMMON = ("-std=c++20", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-MMD")
 # -O1: loads and stores stay as they are written; patterns in variables that nobody set; no runtime of a sanitizer
 INSTRUMENTED = (
     *("-O1", "-x", "c++", "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"),
