@@ -97,10 +97,10 @@ def _row(case: Mapping[str, Any]) -> str:
     rate, part = _rate(case, ours)
     ratios = sorted(case["ratios"], key=lambda ratio: ratio["median"])
     peers = ", ".join(f"{ratio['median']:.2f} {ratio['peer']}" for ratio in ratios)
-    wrong = "".join(f"; wrong: {name}" for name in case["refused_peers"])
+    refused = "".join(f"; not timed: {name} ({_cell(why)[:80]})" for name, why in case["refused_peers"].items())
     doubt = "" if case["repetitions"]["settled"] else " (not settled)"
     time_ = f"{ours['seconds']['median'] * 1e6:.1f} µs{doubt}"
-    return f"| {case['op']} | {case['title']} | {time_} | {rate} | {part} | {peers}{wrong} |"
+    return f"| {case['op']} | {case['title']} | {time_} | {rate} | {part} | {peers}{refused} |"
 
 
 def _rate(case: Mapping[str, Any], ours: Mapping[str, Any]) -> tuple[str, str]:
