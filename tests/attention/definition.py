@@ -261,7 +261,7 @@ def forward_magnitudes(case: Case) -> Results:
     outs, lses = [], []
     for sequence in sequences(case):
         part = attend(case, sequence, tensors)
-        scores = _score_magnitudes(case, sequence, tensors)
+        scores = _score_magnitudes(case, sequence, part, tensors)
         outs.append((_weight_magnitudes(part, scores, _score_rounding(case)) @ part.v.abs()).transpose(0, 1))
         finite = part.lse.masked_fill(part.lse.isinf(), 0).abs()
         # lse is float32: counted in its roundings
@@ -287,13 +287,14 @@ def _absolute_heads(case: Case, rows: Tensor, at: Tensor, tensors: dict[str, Ten
     return turned.repeat_interleave(case.heads // rows.shape[1], 1).transpose(0, 1)
 
 
-def _score_magnitudes(case: Case, sequence: Sequence, tensors: dict[str, Tensor]) -> Tensor:
+def _score_magnitudes(case: Case, sequence: Sequence, part: Attended, tensors: dict[str, Tensor]) -> Tensor:
     q = _absolute_heads(case, tensors["q"][sequence.rows_q], sequence.at_q, tensors)
     k = _absolute_heads(case, tensors["k"][sequence.rows_k], sequence.at_k, tensors)
     scale = case.options.get("scale")
     scores = q @ k.mT * (case.dim**-0.5 if scale is None else abs(scale))
-    if case.options.get("softcap"):
-        scores = case.options["softcap"] * torch.tanh(scores / case.options["softcap"])
+    if part.tanh is not None:
+        # a rounding of a score passes by the slope where the score lies: tanh of absolute values would hide it
+        scores = (1 - part.tanh**2) * scores + case.options["softcap"] * part.tanh.abs()
     if case.reach is not None:
         scores = scores + tensors["bias_table"].abs()[:, buckets(case, sequence)]
     return scores
@@ -319,7 +320,7 @@ def gradient_magnitudes(case: Case, grad_out: Tensor | None, grad_lse: Tensor | 
     narrow = unit_roundoff(torch.float32) / unit_roundoff(case.dtype)
     for sequence in sequences(case):
         part = attend(case, sequence, tensors)
-        scores = _score_magnitudes(case, sequence, tensors)
+        scores = _score_magnitudes(case, sequence, part, tensors)
         weights = _weight_magnitudes(part, scores, _score_rounding(case))
         grad = grad_out[sequence.rows_q].double().transpose(0, 1)
         lse = None if grad_lse is None else grad_lse[:, sequence.rows_q].double()
