@@ -97,11 +97,11 @@ def plug_attention(model: Any) -> Any:
         unplug_attention(model)
     _register()
     previous = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
+    _set_attention(model, NAME)
     for name, layer in layers.items():
         implementation = getattr(getattr(layer, "config", None), "_attn_implementation", NAME)
         if implementation != NAME:
-            model.set_attn_implementation(previous)
+            _set_attention(model, previous)
             _refuse(model, f"its layer {name} keeps the attention {implementation!r}")
     plug = _Plug(previous or "sdpa", frozenset(layers), *_packing_of(model))
     for name, layer in layers.items():
@@ -129,8 +129,15 @@ def unplug_attention(model: Any) -> Any:
             del layer.compute_bias, layer._buffers[_BUCKETS]
             layer._non_persistent_buffers_set.discard(_BUCKETS)
     delattr(model, _PLUG)
-    model.set_attn_implementation(plug.previous)
+    _set_attention(model, plug.previous)
     return model
+
+
+def _set_attention(model: Any, name: str | None) -> None:
+    """In inner models too: transformers 5.17 leaves out one whose configuration is a copy of the model's (UMT5)."""
+    for module in model.modules():
+        if hasattr(module, "set_attn_implementation"):
+            module.set_attn_implementation(name)
 
 
 def packed_forward(
