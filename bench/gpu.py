@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import hashlib
 import os
+import shutil
 import sys
 import threading
 import time
@@ -23,7 +23,7 @@ from typing import Any
 import gpu_report
 import results
 from gpu_parts import PARTS
-from gpu_run import ROOT, Outcome, Part, Run, device_of_torch
+from gpu_run import ROOT, Outcome, Part, Run, device_of_torch, fingerprint
 
 SOURCES = (
     "csrc",
@@ -36,19 +36,24 @@ SOURCES = (
     "setup.py",
     "pyproject.toml",
 )
+PARTIAL = ("families", "logs", "tests", "others")
 
 
 class State:
-    """What was done, in ``state.json``: of the same sources on the same device, else forgotten."""
+    """What was done, in ``state.json``, of the same sources on the same device, else forgotten; and its report."""
 
-    def __init__(self, folder: Path, device: str, again: bool) -> None:
+    def __init__(self, folder: Path, device: str, arguments: argparse.Namespace) -> None:
         self.path = folder / "state.json"
+        self._dry_run, self._archive = arguments.dry_run, arguments.archive
         self._lock = threading.Lock()
-        self._key = {"sources": fingerprint(), "device": device}
+        self._key = {"sources": fingerprint(SOURCES), "device": device}
         kept = gpu_report.read_state(self.path)
-        fits = not again and all(kept.get(name) == value for name, value in self._key.items())
+        fits = not arguments.again and all(kept.get(name) == value for name, value in self._key.items())
         self.parts: dict[str, dict[str, Any]] = kept["parts"] if fits else {}
         self.forgot = bool(kept) and not fits
+        if not fits:
+            for name in PARTIAL:  # what parts that were cut off go on from
+                shutil.rmtree(folder / name, ignore_errors=True)
 
     def is_done(self, part: str) -> bool:
         return self.parts.get(part, {}).get("state") == "done"
@@ -57,18 +62,9 @@ class State:
         with self._lock:
             self.parts[part] = outcome.entry()
             results.write({**self._key, "parts": self.parts}, self.path)
-
-
-def fingerprint() -> str:
-    """Of every source file that takes part."""
-    found = hashlib.sha256()
-    for pattern in SOURCES:
-        for top in sorted(ROOT.glob(pattern)):
-            files = [top] if top.is_file() else sorted(path for path in top.rglob("*") if path.is_file())
-            for path in files:
-                if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh", ".txt", ".toml") and ".git" not in path.parts:
-                    found.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
-    return found.hexdigest()
+            gpu_report.write_tables(self.path.parent, self.parts, self._dry_run)
+            if self._archive is not None:
+                gpu_report.pack(self.path.parent, self._archive)
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -77,6 +73,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--parts", default="*", help=f"patterns, separated by commas, of: {', '.join(PARTS)}")
     parser.add_argument("--again", action="store_true", help="forget what was done before")
     parser.add_argument("--output", type=Path, help="folder for everything; default: build/gpu, build/gpu-dry-run")
+    parser.add_argument(
+        "--archive", type=Path, help="a file of everything there, .tar.gz, renewed after each part: to carry it away"
+    )
     parser.add_argument(
         "--minutes", type=float, default=8.0, help="for all parts together; benchmarks take what is left"
     )
@@ -119,15 +118,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     folder = arguments.output or ROOT / "build" / ("gpu-dry-run" if arguments.dry_run else "gpu")
     folder.mkdir(parents=True, exist_ok=True)
-    state = State(folder, name, arguments.again)
-    before = {part: entry["state"] for part, entry in state.parts.items()}
-    run = Run(folder.resolve(), arguments.dry_run, arguments.slow, arguments.minutes, os.cpu_count() or 1, before)
+    state = State(folder, name, arguments)
+    run = Run(folder.resolve(), arguments.dry_run, arguments.slow, arguments.minutes, os.cpu_count() or 1)
     _say(
         f"{name}; results in {folder}" + (" (other sources or device than before: all anew)" * state.forgot),
         run.started,
     )
     for group in _stages(chosen):
-        left = [part for part in group if not state.is_done(part.name)]
+        left = [part for part in group if not (part.lasts and state.is_done(part.name))]
         for part in group:
             if part not in left:
                 _say(f"{part.name}: done before", run.started)
@@ -136,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if any(part.needed and not state.is_done(part.name) for part in group):
             _say("the rest needs that: stopped here", run.started)
             break
-    files = gpu_report.write_all(folder, state.parts, arguments.dry_run)
+    files = gpu_report.write_all(folder, state.parts, arguments.dry_run, arguments.archive)
     print("\n" + (folder / "summary.md").read_text())
     print("\n".join(map(str, files)))
     return 0 if all(state.is_done(part.name) for part in chosen) else 1

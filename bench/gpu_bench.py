@@ -64,6 +64,9 @@ class Record:
         for kind in ("cases", "failed", "absent"):
             whole[kind] = kept.get(kind, [])
         whole["left"] = []
+        # a process that was ended within a case: the next goes on behind it
+        if begun := kept.get("begun"):
+            whole["failed"].append({**begun, "reason": "ended its process, or said nothing for long"})
         whole["wall_seconds"] = self._before = kept.get("wall_seconds", 0.0)
         self._started = time.monotonic()
 
@@ -71,7 +74,12 @@ class Record:
         known = (entry for kind in ("cases", "failed", "absent") for entry in self.whole[kind])
         return any((entry["op"], entry["title"]) == (case.op, case.title) for entry in known)
 
+    def begin(self, case: Case) -> None:
+        self.whole["begun"] = {"op": case.op, "title": case.title}
+        self.write()
+
     def add(self, kind: str, entry: dict[str, Any]) -> None:
+        self.whole.pop("begun", None)
         self.whole[kind].append(entry)
         self.write()
 
@@ -103,6 +111,7 @@ def measure_all(cases: list[Case], room: Room, protocol: Protocol, seconds: floa
         if time.monotonic() > deadline:
             record.add("left", _named(case, "no time"))
             continue
+        record.begin(case)
         try:
             patient = replace(protocol, seconds=case.patience * protocol.seconds)
             shares = sum(other.patience for other in cases[place:]) / case.patience

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import re
 import sys
 import time
-import xml.etree.ElementTree as ElementTree
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gpu_tests
+import results
 import tensor_rates
-from gpu_run import CUDA_BIN, NEEDS, PEERS, ROOT, Finished, Outcome, Part, Run, device_of_torch, mend, missing, program
+from gpu_run import (
+    CUDA_BIN,
+    NEEDS,
+    PEERS,
+    ROOT,
+    Device,
+    Finished,
+    Outcome,
+    Part,
+    Run,
+    device_of_torch,
+    fingerprint,
+    mend,
+    missing,
+    not_done,
+    program,
+)
 
-BACKENDS = ("reference", "cpu", "triton", "cuda", "cuda_hopper")
-#: of no use on a GPU: they build the package, try this command, or emulate
-LEFT_OUT = ("tests/build/test_install.py", "tests/build/test_gpu_command.py", "tests/cuda_host/")
 #: a family's share of the time that is left for benchmarks
 FAMILIES = {
     "norm": 4, "pooling": 3, "hamming": 6, "attention": 10, "latent_attention": 4, "anchor_scores": 2,
@@ -26,6 +40,10 @@ FAMILIES = {
 CHECKS = ("memcheck", "racecheck", "synccheck")
 #: what runs beside the tests ends with them
 _UNTIMED_SECONDS = 190
+#: kept for what stands behind the benchmarks
+_LAST_SECONDS = 45.0
+#: longer than any case is, its compilations included
+_SILENT_SECONDS = 75.0
 
 
 # ---- the machine, and the build ----
@@ -51,66 +69,101 @@ def _machine(run: Run) -> Outcome:
     return Outcome("done", here + (f"; {mend(lacking)}" if lacking else "") + absent, found)
 
 
+_PACKAGE = ROOT / "python" / "embedding_kernels"
+_STAMP = _PACKAGE / "_built.json"
+
+
+def _stamp() -> dict[str, Any]:
+    """Of what the libraries were built, and that they are those: they may have been built elsewhere."""
+    libraries = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(_PACKAGE.glob("*.so"))}
+    return {
+        "sources": fingerprint(("csrc", "CMakeLists.txt", "setup.py")),
+        "python": sys.implementation.cache_tag,
+        "libraries": libraries,
+    }
+
+
+def _is_built(device: Device | str) -> bool:
+    if not _STAMP.exists() or json.loads(_STAMP.read_text()) != _stamp():
+        return False
+    listing = _PACKAGE / "_cuda.architectures"
+    built = listing.read_text().split(";") if listing.exists() else []
+    return isinstance(device, str) or device.architecture in built
+
+
 def _build(run: Run) -> Outcome:
     """The libraries beside the Python files, by setup.py: nothing is installed, nothing fetched."""
     device = device_of_torch()
+    if _is_built(device):
+        outcome = _doctor(run, "as built before")
+        if outcome.state == "done":
+            return outcome
     environment, limit = {"EMBEDDING_KERNELS_CUDA": "AUTO"}, 3600
     if not isinstance(device, str):
         environment = {"EMBEDDING_KERNELS_CUDA": "ON", "EMBEDDING_KERNELS_CUDA_ARCHS": device.architecture}
         limit = 240
     done = run.process("build", [sys.executable, "setup.py", "build_ext", "--inplace"], limit, environment)
     if not done.ok:
-        return _not_done(done, "the build")
+        return not_done(done, "the build")
+    outcome = _doctor(run, "built")
+    if outcome.state == "done":
+        results.write(_stamp(), _STAMP)
+    return outcome
+
+
+def _doctor(run: Run, how: str) -> Outcome:
+    """What the package says of its libraries."""
     doctor = "from embedding_kernels.doctor import report; import json; print(json.dumps(report()))"
     asked = run.process("doctor", [sys.executable, "-c", doctor], 60)
     if not asked.ok:
-        return _not_done(asked, "doctor")
+        return not_done(asked, "doctor")
     sections = dict(json.loads(asked.last_line))
     cuda = dict(sections["GPU"])["CUDA library"]
-    if not run.dry_run and not cuda.startswith("loaded"):
-        return Outcome("failed", f"the CUDA library: {cuda}", {"doctor": sections})
-    return Outcome("done", f"CUDA library: {cuda}", {"doctor": sections})
-
-
-def _not_done(done: Finished, what: str) -> Outcome:
-    state = "cut off" if done.cut_off else "failed"
-    why = "at its limit" if done.cut_off else f"with code {done.code}"
-    return Outcome(state, f"{what} ended {why}: {done.last_line}", {"log": str(done.log), "tail": done.tail(30)})
+    state = "done" if run.dry_run or cuda.startswith("loaded") else "failed"
+    return Outcome(state, f"{how}; CUDA library: {cuda}", {"doctor": sections})
 
 
 # ---- what the machine can do ----
 
 
-def _ceilings(run: Run) -> Outcome:
-    """The units alone, by a program without torch; memory and a large product, by torch."""
+def _rates_program(run: Run) -> Outcome:
+    """Compiled beside the libraries; it runs alone."""
+    if missing(("nvcc",)):  # asked for where there is a GPU
+        return Outcome("done", "no nvcc: the program of rates was not compiled")
     device = device_of_torch()
-    rates = _tensor_rates(run, ("90a", "80") if isinstance(device, str) else (device.architecture,))
-    if rates.state != "done":
-        return rates
+    architectures = ("90a", "80") if isinstance(device, str) else (device.architecture,)
+    for architecture in architectures:
+        target = run.path("tensor_rates", f"sm_{architecture}.bin")
+        built = run.process(f"tensor-rates-{architecture}", tensor_rates.command(architecture, target), 120)
+        if not built.ok:
+            return not_done(built, "nvcc, of the program of rates,")
+    return Outcome("done", f"the program of rates compiles for sm_{', sm_'.join(architectures)}")
+
+
+def _ceilings(run: Run) -> Outcome:
+    """The units alone, by a program without torch; memory and a large product, by torch: each whatever becomes of the
+    other."""
+    device = device_of_torch()
+    rates = Outcome("done", "no rates without a GPU")
+    if not isinstance(device, str):
+        rates = _tensor_rates(run, run.path("tensor_rates", f"sm_{device.architecture}.bin"))
     done = run.process("ceilings", [sys.executable, "bench/gpu_ceilings.py", "--device", run.device], 60)
     if not done.ok:
-        outcome = _not_done(done, "reading, copying and multiplying")
+        outcome = not_done(done, "reading, copying and multiplying")
         return Outcome(outcome.state, f"{rates.what}; {outcome.what}", {**rates.found, **outcome.found})
     reached = json.loads(done.last_line)
     each = [
         f"{one['name']} {one['gigabytes_per_second'] or one['giga_operations_per_second']:.0f} G" for one in reached
     ]
-    return Outcome("done", f"{rates.what}; {', '.join(each)}", {**rates.found, "torch": reached})
+    return Outcome(rates.state, f"{rates.what}; {', '.join(each)}", {**rates.found, "torch": reached})
 
 
-def _tensor_rates(run: Run, architectures: tuple[str, ...]) -> Outcome:
-    if missing(("nvcc",)):  # asked for where there is a GPU
-        return Outcome("done", "no nvcc: the program of rates was not compiled")
-    for architecture in architectures:
-        target = run.path("tensor_rates", f"sm_{architecture}")
-        built = run.process(f"tensor-rates-{architecture}", tensor_rates.command(architecture, target), 120)
-        if not built.ok:
-            return _not_done(built, "nvcc, of the program of rates,")
-    if run.dry_run:
-        return Outcome("done", f"the program of rates compiles for sm_{', sm_'.join(architectures)}; nothing ran")
-    done = run.process("tensor-rates", [str(target)], 60)
+def _tensor_rates(run: Run, built: Path) -> Outcome:
+    if not built.exists():
+        return Outcome("failed", "the program of rates was not compiled")
+    done = run.process("tensor-rates", [str(built)], 60)
     if not done.ok:
-        return _not_done(done, "the program of rates")
+        return not_done(done, "the program of rates")
     found = json.loads(done.log.read_text())
     clocks = [rate["megahertz"] for rate in found["rates"]]
     return Outcome("done", f"{len(clocks)} rates at {min(clocks)} to {max(clocks)} MHz", {"rates": found})
@@ -119,79 +172,19 @@ def _tensor_rates(run: Run, architectures: tuple[str, ...]) -> Outcome:
 # ---- the tests ----
 
 
-def _test_files() -> list[Path]:
-    """The largest first, so that none begins last."""
-    found = [path.relative_to(ROOT) for path in (ROOT / "tests").glob("*/test_*.py")]
-    kept = [path for path in found if not str(path).startswith(LEFT_OUT)]
-    return sorted(kept, key=lambda path: -(ROOT / path).stat().st_size)
-
-
 def _tests(run: Run) -> Outcome:
-    """A process a file, as many at once as leave each a core; where nothing is launched, they are only collected."""
-    if run.dry_run:
-        return _collected(run)
-    until = time.monotonic() + (10_000 if run.slow else _UNTIMED_SECONDS)
-    with ThreadPoolExecutor(max(1, run.cores - 3)) as pool:
-        reports = list(pool.map(partial(_test_file, run, until), _test_files()))
-    counts = {
-        kind: sum(report["counts"].get(kind, 0) for report in reports) for kind in ("passed", "failed", "skipped")
-    }
-    broken = [report for report in reports if report["state"] not in ("passed", "absent")]
-    absent = [report["file"] for report in reports if report["state"] == "absent"]
-    what = ", ".join(f"{number} {kind}" for kind, number in counts.items())
-    if absent:
-        what += f"; {len(absent)} files need packages that are not here"
-    if broken:
-        what += "; not passed: " + ", ".join(f"{report['file']} ({report['state']})" for report in broken)
-    state = "done" if not broken else "cut off" if all(r["state"] == "cut off" for r in broken) else "failed"
-    return Outcome(state, what, {"counts": counts, "files": reports})
+    """Every kernel on small shapes: the rows of the CUDA library first, then Triton's."""
+    return gpu_tests.tests("tests", gpu_tests.ROWS, run, 10_000 if run.slow else _UNTIMED_SECONDS)
 
 
-def _pytest(run: Run, *arguments: str) -> list[str]:
-    chosen = [part for backend in BACKENDS for part in ("--backend", backend)]
-    marks = [] if run.slow else ["-m", "not slow"]
-    return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen, *marks, *arguments]
+def _others(run: Run) -> Outcome:
+    """Models and modules, which take a GPU where there is one."""
+    return gpu_tests.tests("others", gpu_tests.OTHERS, run, 10_000 if run.slow else _last(run), "--gpu-others")
 
 
-def _test_file(run: Run, until: float, path: Path) -> dict[str, Any]:
-    name = str(path).replace("/", "-").removesuffix(".py")
-    record = run.path("tests", f"{name}.xml")
-    record.unlink(missing_ok=True)
-    alone = {"OMP_NUM_THREADS": "1"}
-    done = run.process(name, _pytest(run, f"--junitxml={record}", str(path)), until - time.monotonic(), alone)
-    report: dict[str, Any] = {"file": str(path), "counts": {}, "failures": []}
-    if record.exists():
-        report |= read_junit(record)
-    if done.last_line.startswith("Skipped: could not import"):
-        report["state"] = "absent"  # a folder's conftest says so of all its files
-    else:
-        # 5: nothing was collected, where all of a file is marked slow
-        report["state"] = "cut off" if done.cut_off else "passed" if done.code in (0, 5) else "failed"
-    if report["state"] != "passed":
-        report["tail"] = done.tail(30)
-    return report
-
-
-def read_junit(path: Path) -> dict[str, Any]:
-    """How many passed, failed and were skipped, and the names and messages of those that failed."""
-    counts, failures = {"passed": 0, "failed": 0, "skipped": 0}, []
-    for case in ElementTree.parse(path).getroot().iter("testcase"):
-        wrong = [child for child in case if child.tag in ("failure", "error")]
-        kind = "failed" if wrong else "skipped" if case.find("skipped") is not None else "passed"
-        counts[kind] += 1
-        if wrong:
-            failures.append({"test": case.get("name"), "message": (wrong[0].get("message") or "")[:500]})
-    return {"counts": counts, "failures": failures}
-
-
-def _collected(run: Run) -> Outcome:
-    ignored = [f"--ignore={path}" for path in LEFT_OUT]
-    done = run.process("collect", _pytest(run, "--collect-only", *ignored, "tests"), 600)
-    found = re.search(r"^(?:(\d+)/)?(\d+) tests collected", done.tail(3), re.M)
-    if not done.ok or not found:
-        return _not_done(done, "collecting tests")
-    count = int(found.group(1) or found.group(2))
-    return Outcome("done", f"{count} tests would run", {"collected": count})
+def _last(run: Run) -> float:
+    """What stands last has its own time where the benchmarks took theirs."""
+    return max(run.seconds_left(), _LAST_SECONDS)
 
 
 # ---- what is not timed either ----
@@ -199,10 +192,10 @@ def _collected(run: Run) -> Outcome:
 
 def _conformance(run: Run) -> Outcome:
     required = [] if run.dry_run else ["--require-gpu"]
-    done = run.process("conformance", [sys.executable, "tests/cuda_host/conformance.py", *required], _UNTIMED_SECONDS)
+    done = run.process("conformance", [sys.executable, "tests/cuda_host/conformance.py", *required], _last(run))
     line = next((x for x in done.tail(200).splitlines() if x.startswith("conformance of")), "")
     if not done.ok:
-        return _not_done(done, "the conformance program")
+        return not_done(done, "the conformance program")
     return Outcome("done", line)
 
 
@@ -211,7 +204,7 @@ def _sanitizer(run: Run) -> Outcome:
     samples = [sys.executable, "tests/run_samples.py", run.device]
     if run.dry_run:
         done = run.process("samples", samples, _UNTIMED_SECONDS)
-        return Outcome("done", done.last_line) if done.ok else _not_done(done, "the samples")
+        return Outcome("done", done.last_line) if done.ok else not_done(done, "the samples")
     tool = program("compute-sanitizer", CUDA_BIN)
     assert tool
     options = ["--kernel-name", "kns=embedding_kernels", "--error-exitcode", "9", "--print-limit", "20"]
@@ -225,7 +218,7 @@ def _sanitizer(run: Run) -> Outcome:
     found = {kind: {"ok": each.ok, "cut_off": each.cut_off, "tail": each.tail(20)} for kind, each in done.items()}
     wrong = [kind for kind, each in done.items() if not each.ok]
     if wrong:
-        outcome = _not_done(done[wrong[0]], f"{wrong[0]} ({len(wrong)} of {len(CHECKS)} not clean)")
+        outcome = not_done(done[wrong[0]], f"{wrong[0]} ({len(wrong)} of {len(CHECKS)} not clean)")
         return Outcome(outcome.state, outcome.what, found)
     return Outcome("done", f"clean: {', '.join(CHECKS)}", found)
 
@@ -259,24 +252,28 @@ def _bench(family: str, run: Run) -> Outcome:
     is opened anew by another process, which goes on with the next case."""
     waiting = list(FAMILIES)[list(FAMILIES).index(family) :]
     share = FAMILIES[family] / sum(FAMILIES[name] for name in waiting)
-    seconds = max(run.seconds_left() * share, 8.0)
+    seconds = max((run.seconds_left() - _LAST_SECONDS) * share, 8.0)
     found = run.path("families", f"{family}.json")
-    if run.before.get(f"bench:{family}") != "cut off":  # else it goes on with the next case
-        found.unlink(missing_ok=True)
-    limit = 1.5 * seconds + 20 if not run.dry_run else 300
+    until = time.monotonic() + (1.5 * seconds + 20 if not run.dry_run else 300)
     for attempt in range(4):
         worker = _worker(run, family, "--seconds", str(round(seconds, 1)))
-        done = run.process(f"bench:{family}" + f"-{attempt}" * (attempt > 0), worker, limit)
+        name = f"bench:{family}" + f"-{attempt}" * (attempt > 0)
+        alive = None if run.dry_run else found
+        done = run.process(name, worker, until - time.monotonic(), alive=alive, silent=_SILENT_SECONDS)
         if done.ok or done.cut_off or not found.exists():
             break
     if not found.exists():
-        return _not_done(done, "the benchmark")
-    whole = json.loads(found.read_text())
+        return not_done(done, "the benchmark")
+    whole = results.read(found)
+    if begun := whole.pop("begun", None):
+        reason = "no time" if done.cut_off else f"ended its process: {done.last_line}"
+        whole["left" if done.cut_off else "failed"].append({**begun, "reason": reason})
+        results.write(whole, found)
     kinds = {"cases": "measured", "failed": "failed", "absent": "not here", "left": "left for want of time"}
     what = ", ".join(f"{len(whole[kind])} {name}" for kind, name in kinds.items() if whole[kind])
     state = "cut off" if done.cut_off or whole["left"] else "failed" if whole["failed"] else "done"
     if not done.ok:
-        outcome = _not_done(done, "the benchmark")
+        outcome = not_done(done, "the benchmark")
         state, what = outcome.state, f"{what}; {outcome.what}"
     return Outcome(state, what, {"file": f"families/{family}.json"})
 
@@ -285,13 +282,15 @@ _BUILDS = ("torch", "setuptools", "pybind11", "cmake", "ninja", "a C++ compiler"
 PARTS: dict[str, Part] = {
     part.name: part
     for part in (
-        Part("machine", 0, _machine),
-        Part("build", 1, _build, _BUILDS, ("nvcc",), needed=True),
-        Part("ceilings", 2, _ceilings, ("torch", "numpy"), ("nvcc",), alone=True),
+        Part("machine", 0, _machine, lasts=False),
+        Part("build", 1, _build, _BUILDS, ("nvcc",), needed=True, lasts=False),
+        Part("rates", 1, _rates_program, (), ("nvcc",)),
+        Part("ceilings", 2, _ceilings, ("torch", "numpy"), alone=True),
         Part("tests", 3, _tests, ("pytest", "hypothesis"), ("triton",)),
-        Part("conformance", 3, _conformance, ("a C++ compiler", "numpy"), ("nvcc",)),
         Part("sanitizer", 3, _sanitizer, ("torch",), ("compute-sanitizer",)),
         Part("warm", 3, _warm, ("tqdm",)),
         *(Part(f"bench:{name}", 4, partial(_bench, name), ("tqdm", "numpy"), alone=True) for name in FAMILIES),
+        Part("conformance", 5, _conformance, ("a C++ compiler", "numpy"), ("nvcc",)),
+        Part("others", 5, _others, ("pytest", "hypothesis")),
     )
 }

@@ -6,7 +6,8 @@ import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,28 @@ def families(folder: Path) -> dict[str, dict[str, Any]]:
     return {path.stem: results.read(path) for path in sorted((folder / "families").glob("*.json"))}
 
 
-def write_all(folder: Path, parts: Parts, dry_run: bool) -> list[Path]:
-    """gpu.json, summary.md and the pictures; what was written."""
+def write_tables(folder: Path, parts: Parts, dry_run: bool) -> list[Path]:
+    """gpu.json and summary.md."""
     measured = families(folder)
-    whole = {"schema": 1, "dry_run": dry_run, "parts": parts, "families": measured}
-    results.write(whole, folder / "gpu.json")
+    results.write({"schema": 1, "dry_run": dry_run, "parts": parts, "families": measured}, folder / "gpu.json")
     (folder / "summary.md").write_text("\n".join(summary(parts, measured, dry_run)) + "\n")
-    return [folder / "gpu.json", folder / "summary.md", *_pictures(folder, measured)]
+    return [folder / "gpu.json", folder / "summary.md"]
+
+
+def write_all(folder: Path, parts: Parts, dry_run: bool, archive: Path | None) -> list[Path]:
+    """Tables and pictures, and the archive of all; what was written."""
+    files = [*write_tables(folder, parts, dry_run), *_pictures(folder, families(folder))]
+    return [*files, pack(folder, archive)] if archive is not None else files
+
+
+def pack(folder: Path, archive: Path) -> Path:
+    """The whole archive or the old one, without programs; a folder of the same name unpacks from it."""
+    fresh = archive.with_name(f".{archive.name}")
+    with tarfile.open(fresh, "w:gz") as file:
+        for path in sorted(folder.rglob("*")):
+            if path.is_file() and not path.name.startswith(".") and path.suffix != ".bin":
+                file.add(path, Path(folder.name) / path.relative_to(folder))
+    return fresh.replace(archive)
 
 
 def _pictures(folder: Path, measured: Mapping[str, Mapping[str, Any]]) -> list[Path]:
@@ -62,6 +78,8 @@ def summary(parts: Parts, measured: Mapping[str, Mapping[str, Any]], dry_run: bo
     yield "|---|---|---|---|"
     for name, part in parts.items():
         yield f"| {name} | {part['state']} | {part['seconds']:.0f} | {_cell(part['what'])} |"
+    for name, part in parts.items():
+        yield from _failures(name, part.get("found", {}).get("failures", ()))
     yield from _ceilings(parts.get("ceilings", {}).get("found", {}))
     for family, whole in measured.items():
         yield ""
@@ -73,6 +91,17 @@ def summary(parts: Parts, measured: Mapping[str, Mapping[str, Any]], dry_run: bo
         for kind in ("failed", "absent", "left"):
             for entry in whole[kind]:
                 yield f"| {entry['op']} | {entry['title']} | {kind} | | | {_cell(entry['reason'])} |"
+
+
+#: more are in gpu.json: where a kernel is wrong, most say the same
+_FAILURES = 40
+
+
+def _failures(part: str, failures: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    if failures:
+        yield from ("", f"## {part}: {len(failures)} failed", "")
+    for failure in failures[:_FAILURES]:
+        yield f"- `{failure['test']}`: {_cell(failure['message'])[:160]}"
 
 
 def _ceilings(found: Mapping[str, Any]) -> Iterator[str]:

@@ -5,6 +5,7 @@ Standard library alone: it runs before anything is built.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -19,6 +20,18 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def fingerprint(patterns: Sequence[str]) -> str:
+    """Of every source file that fits: its name and what it holds."""
+    found = hashlib.sha256()
+    for pattern in patterns:
+        for top in sorted(ROOT.glob(pattern)):
+            files = [top] if top.is_file() else sorted(path for path in top.rglob("*") if path.is_file())
+            for path in files:
+                if path.suffix in (".py", ".cpp", ".h", ".cu", ".cuh", ".txt", ".toml") and ".git" not in path.parts:
+                    found.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -123,10 +136,11 @@ class Finished:
     code: int
     cut_off: bool
     log: Path
+    hung: bool = False
 
     @property
     def ok(self) -> bool:
-        return self.code == 0 and not self.cut_off
+        return self.code == 0 and not self.cut_off and not self.hung
 
     def tail(self, lines: int = 5) -> str:
         return "\n".join(self.log.read_text(errors="replace").strip().splitlines()[-lines:])
@@ -145,7 +159,6 @@ class Run:
     slow: bool
     minutes: float
     cores: int
-    before: Mapping[str, str] = field(default_factory=dict)  # how parts ended in an earlier run of the same sources
     started: float = field(default_factory=time.monotonic)
 
     @property
@@ -162,9 +175,19 @@ class Run:
         return found
 
     def process(
-        self, name: str, command: Sequence[str], limit: float, environment: Mapping[str, str] | None = None
+        self,
+        name: str,
+        command: Sequence[str],
+        limit: float,
+        environment: Mapping[str, str] | None = None,
+        alive: Path | None = None,
+        silent: float = 60.0,
     ) -> Finished:
-        """Run to its end or its limit, with whatever it started, in the tree's own Python path."""
+        """Run to its end or its limit, with whatever it started, in the tree's own Python path.
+
+        One that writes to the file ``alive`` as it goes is ended where it wrote nothing for ``silent`` seconds: a
+        kernel that waits for ever must not take the time of what comes behind it.
+        """
         log = self.path("logs", f"{name.replace(':', '-').replace('/', '-')}.log")
         paths = [str(ROOT / "python"), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
         variables = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **(environment or {})}
@@ -174,12 +197,22 @@ class Run:
                 start_new_session=True,
             )  # fmt: skip
             try:
-                return Finished(child.wait(max(limit, 1.0)), False, log)
-            except subprocess.TimeoutExpired:
-                return Finished(_end(child), True, log)
+                return _watched(child, max(limit, 1.0), log, alive, silent)
             except BaseException:  # Ctrl-C: nothing is left behind
                 _end(child)
                 raise
+
+
+def _watched(child: subprocess.Popen[bytes], limit: float, log: Path, alive: Path | None, silent: float) -> Finished:
+    began = time.time()
+    while (left := began + limit - time.time()) > 0:
+        try:
+            return Finished(child.wait(min(left, 1.0)), False, log)
+        except subprocess.TimeoutExpired:
+            heard = alive.stat().st_mtime if alive is not None and alive.exists() else 0.0
+            if alive is not None and time.time() - max(heard, began) > silent:
+                return Finished(_end(child), False, log, hung=True)
+    return Finished(_end(child), True, log)
 
 
 def _end(child: subprocess.Popen[bytes]) -> int:
@@ -210,6 +243,13 @@ class Outcome:
         return {"state": self.state, "seconds": self.seconds, "what": self.what, "found": self.found}
 
 
+def not_done(done: Finished, what: str) -> Outcome:
+    """How a part went whose process did not end well."""
+    state = "cut off" if done.cut_off else "failed"
+    why = "at its limit" if done.cut_off else "silent" if done.hung else f"with code {done.code}"
+    return Outcome(state, f"{what} ended {why}: {done.last_line}", {"log": str(done.log), "tail": done.tail(30)})
+
+
 @dataclass(frozen=True)
 class Part:
     """A part of the run. Parts of one stage run beside each other, those that are timed alone."""
@@ -221,6 +261,7 @@ class Part:
     needs_on_gpu: tuple[str, ...] = ()  # and these where it is no dry run
     alone: bool = False
     needed: bool = False  # by all stages behind it
+    lasts: bool = True  # else it is gone through in every run: what it leaves may have been lost since
 
     def attempt(self, run: Run) -> Outcome:
         """Do it; whatever goes wrong is this part's outcome, not the others'."""

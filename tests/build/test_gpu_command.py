@@ -6,6 +6,7 @@ import importlib
 import json
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -59,13 +60,13 @@ def test_is_refused_without_a_gpu():
 def test_unknown_parts_are_named(tmp_path):
     done = command("--dry-run", "--parts", "warmth", "--output", str(tmp_path))
     assert done.returncode == 2
-    assert "none of machine, build, ceilings, tests" in done.stderr
+    assert "none of machine, build, rates, ceilings, tests" in done.stderr
 
 
 @pytest.mark.slow
 def test_dry_run_from_end_to_end(tmp_path):
     """All parts but the build, which would replace the libraries that are under test."""
-    parts = "machine,ceilings,conformance,sanitizer,warm,bench:anchor_scores"
+    parts = "machine,rates,ceilings,tests,conformance,sanitizer,warm,bench:anchor_scores"
     done = command("--dry-run", "--parts", parts, "--output", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     whole = json.loads((tmp_path / "gpu.json").read_text())
@@ -76,9 +77,15 @@ def test_dry_run_from_end_to_end(tmp_path):
     summary = (tmp_path / "summary.md").read_text()
     assert summary.startswith("# Dry run on the CPU: nothing here ran on a GPU")
     assert case["title"] in summary
-    again = command("--dry-run", "--parts", parts, "--output", str(tmp_path))
+    archive = tmp_path / "all.tar.gz"
+    again = command("--dry-run", "--parts", parts, "--output", str(tmp_path), "--archive", str(archive))
     assert again.returncode == 0
-    assert again.stdout.count("done before") == len(parts.split(","))
+    # the machine is looked at in every run
+    assert again.stdout.count("done before") == len(parts.split(",")) - 1
+    with tarfile.open(archive) as held:
+        names = {name.partition("/")[2] for name in held.getnames()}
+    assert {"gpu.json", "summary.md", "logs/conformance.log", "families/anchor_scores.json"} <= names
+    assert not [name for name in names if name.startswith("tensor_rates/")]
 
 
 def parts_of(modules, works: dict, **options) -> dict:
@@ -113,10 +120,46 @@ def test_what_is_done_is_kept_when_a_later_part_fails(modules, monkeypatch, tmp_
     assert gpu.main(["--dry-run", "--again", "--parts", "works", "--output", str(tmp_path)]) == 0
     assert ran[3:] == ["works"]
     # other sources: nothing of before holds
-    monkeypatch.setattr(gpu, "fingerprint", lambda: "other")
+    monkeypatch.setattr(gpu, "fingerprint", lambda patterns: "other")
     assert gpu.main(["--dry-run", "--parts", "works", "--output", str(tmp_path)]) == 0
     assert ran[4:] == ["works"]
     assert "all anew" in capsys.readouterr().out
+
+
+def test_what_may_be_lost_is_gone_through_in_every_run(modules, monkeypatch, tmp_path):
+    gpu, outcome = modules["gpu"], modules["gpu_run"].Outcome
+    ran = []
+
+    def works(run):
+        ran.append(sorted(path.name for path in run.folder.glob("*/half")))
+        run.path("tests", "half").touch()
+        return outcome("done", "well")
+
+    monkeypatch.setattr(gpu, "PARTS", parts_of(modules, {"build": works}, lasts=False))
+    for _ in range(2):
+        assert gpu.main(["--dry-run", "--output", str(tmp_path)]) == 0
+    # halves are gone on from, but not with other sources
+    monkeypatch.setattr(gpu, "fingerprint", lambda patterns: "other")
+    assert gpu.main(["--dry-run", "--output", str(tmp_path)]) == 0
+    assert ran == [[], ["half"], []]
+
+
+def test_libraries_built_before_are_known_again(modules, monkeypatch, run, tmp_path):
+    gpu_parts, device = modules["gpu_parts"], modules["gpu_run"].Device("a GPU", (9, 0))
+    monkeypatch.setattr(gpu_parts, "_PACKAGE", tmp_path)
+    monkeypatch.setattr(gpu_parts, "_STAMP", tmp_path / "_built.json")
+    library, listing = tmp_path / "_cuda.so", tmp_path / "_cuda.architectures"
+    library.write_bytes(b"built")
+    listing.write_text("80;90a")
+    assert not gpu_parts._is_built(device)
+    gpu_parts._STAMP.write_text(json.dumps(gpu_parts._stamp()))
+    assert gpu_parts._is_built(device)
+    assert gpu_parts._is_built("torch sees no GPU")
+    listing.write_text("80")
+    assert not gpu_parts._is_built(device)
+    listing.write_text("90a")
+    library.write_bytes(b"built by others")
+    assert not gpu_parts._is_built(device)
 
 
 def test_nothing_follows_a_failed_build(modules, monkeypatch, tmp_path):
@@ -132,8 +175,9 @@ def test_timed_parts_run_alone(modules):
     gpu, parts = modules["gpu"], modules["gpu_parts"].PARTS
     stages = gpu._stages(list(parts.values()))
     assert [part.name for part in stages[2]] == ["ceilings"]
-    assert [part.name for part in stages[3]] == ["tests", "conformance", "sanitizer", "warm"]
-    assert all(len(stage) == 1 for stage in stages[4:])
+    assert [part.name for part in stages[3]] == ["tests", "sanitizer", "warm"]
+    assert all(len(stage) == 1 for stage in stages[4:-1])
+    assert [part.name for part in stages[-1]] == ["conformance", "others"]
     assert sum(map(len, stages)) == len(parts)
 
 
@@ -169,33 +213,12 @@ def test_a_process_ends_at_its_limit_with_what_it_started(run, tmp_path):
         assert "sleep 600.125" not in running.stdout.splitlines()
 
 
-def test_junit_files_are_read(modules, tmp_path):
-    path = tmp_path / "tests.xml"
-    path.write_text(
-        "<testsuites><testsuite><testcase name='a'/><testcase name='b'><skipped message='no GPU'/></testcase>"
-        "<testcase name='c'><failure message='1 == 2'>long</failure></testcase></testsuite></testsuites>"
-    )
-    report = modules["gpu_parts"].read_junit(path)
-    assert report["counts"] == {"passed": 1, "failed": 1, "skipped": 1}
-    assert report["failures"] == [{"test": "c", "message": "1 == 2"}]
-
-
-def test_test_files_are_all_but_those_of_no_use_on_a_gpu(modules):
-    files = {str(path) for path in modules["gpu_parts"]._test_files()}
-    assert "tests/norm/test_norm.py" in files
-    assert "tests/build/test_cuda_kernels.py" in files
-    left_out = {"tests/build/test_install.py", "tests/build/test_gpu_command.py"}
-    every = {str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("*/test_*.py")}
-    assert every - files == left_out | {path for path in every if path.startswith("tests/cuda_host/")}
-
-
-def test_a_test_file_is_run_and_counted(modules, run):
-    report = modules["gpu_parts"]._test_file(run, time.monotonic() + 300, Path("tests/nn/test_rotary.py"))
-    assert report["state"] == "passed", report
-    assert report["counts"]["passed"] > 5
-    missing = modules["gpu_parts"]._test_file(run, time.monotonic() + 300, Path("tests/nn/test_missing.py"))
-    assert missing["state"] == "failed"
-    assert "test_missing.py" in missing["tail"]
+def test_a_silent_process_is_ended(run, tmp_path):
+    program = f"import time; open({str(tmp_path / 'heard')!r}, 'w').close(); time.sleep(600.25)"
+    started = time.monotonic()
+    done = run.process("waits", [sys.executable, "-c", program], 300, alive=tmp_path / "heard", silent=2)
+    assert time.monotonic() - started < 30
+    assert (done.hung, done.cut_off, done.ok) == (True, False, False)
 
 
 def test_sanitizer_is_asked_for_our_kernels_alone(modules, monkeypatch, run, tmp_path):
@@ -264,6 +287,26 @@ def test_a_case_that_fails_keeps_the_others(bench, tmp_path):
     whole = json.loads(path.read_text())
     assert len(whole["failed"]) == 2
     assert [case["title"] for case in whole["left"]] == ["late"]
+
+
+def test_a_case_that_ended_its_process_is_not_begun_again(bench, tmp_path):
+    import torch
+
+    class EndedError(BaseException):
+        pass
+
+    def ends(room):
+        raise EndedError
+
+    room, protocol = bench.Room(torch.device("cpu"), 1, True, 1), bench.Protocol(repetitions=1, fewest=1, seconds=0.1)
+    path, builds = tmp_path / "family.json", {"ends": ends, "works": lambda room: two(bench)}
+    with pytest.raises(EndedError):
+        bench.measure_all(cases(bench, builds), room, protocol, 60, bench.Record(path, {"family": "made_up"}))
+    assert bench.measure_all(cases(bench, builds), room, protocol, 60, bench.Record(path, {"family": "made_up"})) == 0
+    whole = json.loads(path.read_text())
+    assert [case["title"] for case in whole["failed"]] == ["ends"]
+    assert [case["title"] for case in whole["cases"]] == ["works"]
+    assert "begun" not in whole
 
 
 def test_a_backend_is_chosen_around_what_is_timed(bench):

@@ -134,6 +134,7 @@ def test_the_part_reads_what_the_program_prints(modules, monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_parts, "device_of_torch", lambda: gpu_run.Device("a GPU", (9, 0)))
     monkeypatch.setattr(gpu_run.Run, "device", "cpu")
     run = gpu_run.Run(tmp_path, dry_run=False, slow=False, minutes=1.0, cores=2)
+    assert gpu_parts._rates_program(run).state == "done"
     outcome = gpu_parts._ceilings(run)
     assert outcome.state == "done", outcome
     assert outcome.what.startswith("3 rates at 1815 to 1815 MHz; read bandwidth ")
@@ -150,6 +151,7 @@ def test_a_program_that_fails_is_the_parts_outcome(modules, monkeypatch, tmp_pat
         modules["tensor_rates"], "command", lambda architecture, target: ["cp", "/bin/false", str(target)]
     )
     run = gpu_run.Run(tmp_path, dry_run=False, slow=False, minutes=1.0, cores=2)
-    outcome = gpu_parts._tensor_rates(run, ("90a",))
+    assert gpu_parts._rates_program(run).state == "done"
+    outcome = gpu_parts._tensor_rates(run, run.path("tensor_rates", "sm_90a.bin"))
     assert outcome.state == "failed"
     assert outcome.what.startswith("the program of rates ended with code 1")

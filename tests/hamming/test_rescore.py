@@ -171,6 +171,7 @@ def test_absent_and_fewer_than_k(backend, device, require_kernel):
     assert got[1].tolist() == [[-1] * 5, [2, -1, -1, -1, -1], [5, 5, -1, -1, -1]]
 
 
+@pytest.mark.gpu
 def test_a_candidate_past_the_last_row_is_passed_over_where_values_are_not_read():
     """On a GPU, that is: the launcher itself, without the checks that read values on a CPU."""
     pytest.importorskip("triton")

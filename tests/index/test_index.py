@@ -248,6 +248,7 @@ def test_interrupted_search_leaves_the_index_as_it_was(monkeypatch: pytest.Monke
     compare(index.search(queries, 5), expected)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("kept", [None, "bfloat16", "int8"])
 def test_on_a_gpu(tmp_path: Path, kept: str | None) -> None:

@@ -52,7 +52,7 @@ def test_ranks(outcomes: dict[int, list[dict[str, str]]], name: str, size: int) 
         assert said.get(name, "not run: a case before it failed") == "", f"rank {rank}: {said.get(name)}"
 
 
-@pytest.mark.slow
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_on_gpus(tmp_path: Path) -> None:
     """Through NCCL; with one GPU, one rank."""
