@@ -3,6 +3,7 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
 
@@ -47,6 +48,8 @@ uintptr_t stacks_begin = 0, stacks_end = 0;
 
 namespace {
 
+uint32_t* written_past = nullptr;  // for each word of the stacks: the begin_products that it was last written past
+
 constexpr size_t kStackBytes = 256 * 1024;
 constexpr int kMostThreads = 1024;
 constexpr int kWarp = 32;
@@ -66,6 +69,10 @@ unsigned char* stacks() {
     for (int i = 0; i < kMostThreads; ++i) {
       mprotect(static_cast<unsigned char*>(mapped) + kStackBytes * static_cast<size_t>(i), 4096, PROT_NONE);
     }
+    void* const words = mmap(nullptr, kStackBytes * kMostThreads, PROT_READ | PROT_WRITE,
+                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (words == MAP_FAILED) throw std::bad_alloc();
+    written_past = static_cast<uint32_t*>(words);
     stacks_begin = reinterpret_cast<uintptr_t>(mapped);
     stacks_end = stacks_begin + kStackBytes * kMostThreads;
     return static_cast<unsigned char*>(mapped);
@@ -117,13 +124,22 @@ Thread& thread_of_stack(uintptr_t address) {
   return current_block->thread(static_cast<int>((address - stacks_begin) / kStackBytes));
 }
 
-void check_in_flight(const Thread& thread, uintptr_t address, size_t bytes, bool writes, uintptr_t site) {
+void access_registers(const Thread& thread, uintptr_t address, size_t bytes, bool writes, uintptr_t site) {
+  if (writes && thread.products_begun != 0) {
+    const uintptr_t first = (address - stacks_begin) / 4, last = (address + bytes - 1 - stacks_begin) / 4;
+    std::fill(written_past + first, written_past + last + 1, thread.products_begun);
+  }
   for (const InFlight& held : thread.in_flight) {
     if (address >= held.end || address + bytes <= held.begin || !(held.sums || writes)) continue;
     fail(held.sums ? "sums are touched before wait_products has seen their product through"
                    : "a factor is overwritten before wait_products has seen its product through",
          {site});
   }
+}
+
+bool were_written(const Thread& thread, const uint32_t* registers, size_t count) {
+  const uint32_t* const first = written_past + (reinterpret_cast<uintptr_t>(registers) - stacks_begin) / 4;
+  return std::find(first, first + count, thread.products_begun) != first + count;
 }
 
 void fail(const std::string& what, std::initializer_list<uintptr_t> sites) {

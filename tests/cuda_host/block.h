@@ -55,11 +55,14 @@ struct Thread {
   uint32_t last_store = 0;     // its group
   uint32_t written = kNobody;  // the agent of what its bulk stores write, which nobody waits for
   std::vector<InFlight> in_flight;
-  bool products_begun = false;
+  uint32_t products_begun = 0;  // begin_products by its number in the process, until the commit
   // what it waits for and from where, for the report of a deadlock
   const char* waits_for;
   const PhaseBarrier* waits_barrier = nullptr;
   uintptr_t waits_at;
+
+  // Whether products do, or are about to.
+  bool uses_registers() const { return !in_flight.empty() || products_begun != 0; }
 };
 
 struct Product;
@@ -168,7 +171,10 @@ extern bool failing;
 extern uintptr_t stacks_begin, stacks_end;
 inline bool on_a_stack(uintptr_t address) { return address >= stacks_begin && address < stacks_end; }
 Thread& thread_of_stack(uintptr_t address);
-// Ends the launch if a product still uses these registers.
-void check_in_flight(const Thread& thread, uintptr_t address, size_t bytes, bool writes, uintptr_t site);
+// Ends the launch if a product still uses these registers; notes which are written between begin_products and a
+// product.
+void access_registers(const Thread& thread, uintptr_t address, size_t bytes, bool writes, uintptr_t site);
+// Whether some of these registers were written since begin_products.
+bool were_written(const Thread& thread, const uint32_t* registers, size_t count);
 
 }  // namespace emulation

@@ -186,12 +186,15 @@ void check_reads(Block& block, const Product& product, const Thread* threads, ui
 }
 
 // Places of registers that lie one after the other.
-uint32_t* array_of(const Frame& frame, const std::vector<Argument>& group, uintptr_t site) {
+uint32_t* registers_of(const Frame& frame, const std::vector<Argument>& group, const Thread& thread, uintptr_t site) {
   auto* const first = static_cast<uint32_t*>(frame.operands[group[0].index].target);
   for (size_t i = 0; i < group.size(); ++i) {
     if (group[i].kind != Argument::kOperand || frame.operands[group[i].index].target != first + i) {
       fail("registers of a product that are not one array, in its order, are not emulated", {site});
     }
+  }
+  if (were_written(thread, first, group.size())) {
+    fail("a register of a product is written between begin_products and the product", {site});
   }
   return first;
 }
@@ -235,7 +238,7 @@ void check_agreement(const Statement& s, Frame* const* frames, const Thread* thr
     if (threads[i].clock.closed[kProducts] != threads[0].clock.closed[kProducts]) {
       fail("the threads of a warpgroup have not committed products equally often", {site});
     }
-    if (!threads[i].products_begun) fail("a product without begin_products since the last commit", {site});
+    if (threads[i].products_begun == 0) fail("a product without begin_products since the last commit", {site});
   }
 }
 
@@ -257,9 +260,12 @@ void multiply(Block& block, const Statement& s, Frame* const* frames, Thread* th
   p.right = factor_of(value(2), !bits && value(p.held ? 6 : 7) != 0, site);
   check_reads(block, p, threads, site);
   for (size_t i = 0; i < kWarpgroup; ++i) {
-    p.sums[i] = array_of(*frames[i], s.groups[0], site);
-    if (p.held) std::memcpy(p.factor[i].data(), array_of(*frames[i], s.groups[1], site), 16);
-    if (p.held) hold(threads[i], array_of(*frames[i], s.groups[1], site), 4, p.group, false);
+    p.sums[i] = registers_of(*frames[i], s.groups[0], threads[i], site);
+    if (p.held) {
+      const uint32_t* const factor = registers_of(*frames[i], s.groups[1], threads[i], site);
+      std::memcpy(p.factor[i].data(), factor, 16);
+      hold(threads[i], factor, 4, p.group, false);
+    }
     if (options().latest && !in_flight(threads[i], p.sums[i])) {
       if (p.add) p.kept[i].assign(p.sums[i], p.sums[i] + p.registers());
       std::memset(p.sums[i], 0xff, 4 * p.registers());
@@ -275,8 +281,13 @@ void multiply(Block& block, const Statement& s, Frame* const* frames, Thread* th
   }
 }
 
+void begin_products(Context& c, const Statement&) {
+  static uint32_t begun = 0;
+  c.thread.products_begun = ++begun;
+}
+
 void commit_products(Context& c, const Statement&) {
-  c.thread.products_begun = false;
+  c.thread.products_begun = 0;
   ++c.thread.clock.closed[kProducts];
 }
 
@@ -309,7 +320,7 @@ void add_warpgroup_instructions(Table& table) {
     }
   }
   table.insert({
-      {"wgmma.fence.sync.aligned", [](Context& c, const Statement&) { c.thread.products_begun = true; }},
+      {"wgmma.fence.sync.aligned", begin_products},
       {"wgmma.commit_group.sync.aligned", commit_products},
       {"wgmma.wait_group.sync.aligned", wait_products},
       {"setmaxnreg.inc.sync.aligned.u32", check_registers},

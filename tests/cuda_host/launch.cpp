@@ -44,6 +44,8 @@ const char* why_refused(const void* map, const void* data, int element_bytes, in
     if (sizes[d] == 0 || sizes[d] > uint64_t{1} << 32) return "a size that is not 1 to 2^32";
     if (box[d] == 0 || box[d] > 256) return "a box that does not have 1 to 256 elements in each dimension";
     if (d == 0) continue;
+    // not documented for a single row; no map of ours may depend on it
+    if (strides[d] == 0) return "a stride of 0";
     if (strides[d] % 16 != 0) return "a stride that is no multiple of 16 bytes";
     if (strides[d] >= uint64_t{1} << 40) return "a stride of 2^40 bytes or more";
   }

@@ -279,7 +279,7 @@ void access_by(const Actor& actor, uintptr_t address, size_t bytes, Access kind)
 
 void access(Thread& thread, uintptr_t address, size_t bytes, Access kind, uintptr_t site) {
   if (on_a_stack(address)) {
-    if (!thread.in_flight.empty()) check_in_flight(thread, address, bytes, kind != Access::kRead, site);
+    if (thread.uses_registers()) access_registers(thread, address, bytes, kind != Access::kRead, site);
     return;
   }
   if (kind == Access::kRead && (inside(image_range, address, bytes) || inside(arguments_range, address, bytes))) return;

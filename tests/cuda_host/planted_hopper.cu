@@ -51,6 +51,8 @@ enum Bug {
   kErasedNotPublished,
   kGlobalStoreBefore,
   kColumnOff,
+  kFactorChangedAfterBegin,
+  kSumsChangedAfterBegin,
   // right, though unusual
   kErasedAndPublished,
   kPublishedAfterTheBarrier,
@@ -168,10 +170,12 @@ void pack(const float (&sums)[8][4], uint32_t (&held)[4][4]) {
 
 void multiply_held(Shared& shared, uint32_t (&held)[4][4], float (&sums)[16][4]) {
   const uint32_t right = ptx::shared_address(shared.v[0]);
+  if (planted_now == kSumsChangedAfterBegin) ptx::begin_products();
   for (auto& of_columns : sums) {
     for (float& sum : of_columns) sum = 0;
   }
-  ptx::begin_products();
+  if (planted_now != kSumsChangedAfterBegin) ptx::begin_products();
+  if (planted_now == kFactorChangedAfterBegin) held[3][3] = ptx::pack_bfloat16(0, 0);
   for (uint32_t step = 0; step < 4; ++step) {
     const uint32_t address = right + step * 16 * kPanelRow;
     const uint32_t panels = planted_now == kPanelsOneBehindTheOther ? kPanelBytes / 2 : kPanelBytes;

@@ -225,8 +225,8 @@ void Frame::set(const Argument& argument, uint64_t bits) {
   if (operand == nullptr || operand->target == nullptr)
     fail("PTX writes to an operand that is none of its outputs", {});
   const auto address = reinterpret_cast<uintptr_t>(operand->target);
-  if (on_a_stack(address) && !thread_of_stack(address).in_flight.empty()) {
-    check_in_flight(thread_of_stack(address), address, 4, true, 0);
+  if (on_a_stack(address) && thread_of_stack(address).uses_registers()) {
+    access_registers(thread_of_stack(address), address, 4, true, 0);
   }
   operand->value = bits;
   switch (operand->kind) {

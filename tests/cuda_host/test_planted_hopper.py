@@ -66,9 +66,11 @@ BUGS = {
     "erased_not_published": (34, f"missing proxy fence .* a write by thread .* and a write by {LOAD}"),
     "global_store_before": (35, "missing proxy fence .* a write by thread 128 and a write by the global side"),
     "column_off": (36, "misaligned: a box whose innermost coordinate, 4,"),
+    "factor_changed_after_begin": (37, "a register of a product is written between begin_products and the product"),
+    "sums_changed_after_begin": (38, "a register of a product is written between begin_products and the product"),
     "commit_missing": (33, f"sums are touched before wait_products|{OVERWRITTEN}"),
 }
-RIGHT = {"plain": 0, "erased_and_published": 37, "published_after_the_barrier": 38}
+RIGHT = {"plain": 0, "erased_and_published": 39, "published_after_the_barrier": 40}
 LENGTHS = (70, 64, 3, 130)
 DEPTH, MIDDLE, COLUMNS = 192, 64, 128
 
@@ -160,6 +162,7 @@ def refusal(
         ({"sizes": (64, 8, (1 << 32) + 1)}, "size"),
         ({"strides": (2, 136, 1024)}, "stride that is no multiple of 16"),
         ({"strides": (2, 128, 1 << 40)}, "stride of 2.40"),
+        ({"strides": (2, 128, 0)}, "stride of 0"),
         ({"box": (64, 0, 64)}, "box"),
         ({"box": (64, 1, 257)}, "box"),
         ({"box": (4, 1, 64)}, "rows are no multiple of 16"),
