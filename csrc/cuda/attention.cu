@@ -270,6 +270,7 @@ __global__ void __launch_bounds__(kAttentionThreads, Shape::kBlocks) attention_k
     ptx::sync_block();  // the tile is here, and nobody reads the other one any more
     copy_keys(a, shared, stage ^ 1, ahead, head_of_keys);
     ptx::commit_copies();
+    ptx::sync_warp();  // products want its lanes together
     if constexpr (kTiles == 1) {
       if (a.rotate_keys) {
         rotate_keys(a, shared, stage, now);

@@ -256,7 +256,6 @@ __device__ inline void sum_items(const HopperGradientArguments& a, HopperGradien
     const HopperRows rows = Shape::kOwnKeys ? HopperRows{} : rows_of<Shape>(a, progress.item(shared));
     float of_first[Shape::kSums / 8][4] = {}, of_second[Shape::kOwnKeys ? Shape::kSums / 8 : 1][4] = {};
     if (needs_none(progress.item(shared), place_of_thread().group)) {
-      ptx::sync_warp();  // no lane is left waiting for the rows
       give_free(shared.ring, progress.own(), place_of_thread().lane);
     }
 #pragma unroll 1

@@ -137,6 +137,7 @@ __global__ void __launch_bounds__(kAttentionThreads)
       ptx::sync_block();  // the tile is here, and nobody reads the other one any more
       copy_others(a, shared, stage ^ 1, ahead);
       ptx::commit_copies();
+      ptx::sync_warp();  // products want its lanes together
 #pragma unroll 1
       for (int chunk = 0; chunk < Shape::kOthers / kChunk && now.member < a.members; ++chunk) {
         const int32_t row = now.row;

@@ -234,7 +234,6 @@ __device__ inline void pass_tiles(HopperShared<Shape>& shared, int group, int32_
     begin_turn<Shape>(group);
     end_turn<Shape>(group);
     wait_full(shared.value_ring, place);
-    ptx::sync_warp();
     give_free(shared.key_ring, place, lane);
     give_free(shared.value_ring, place, lane);
   }

@@ -37,6 +37,7 @@ __global__ void __launch_bounds__(Product::kThreads, Product::kBlocks) scan_kern
     }
     if (ahead.tile != kNoTile) stage_tile(s, w, ahead.tile, ahead.chunk, stages + stage * stage_bytes);
     ptx::commit_copies();
+    ptx::sync_warp();  // products want its lanes together
     stage = stage + 1 == kScanStages ? 0 : stage + 1;
     if (step.tile != kNoTile) {
       if (step.chunk == 0) product.clear();

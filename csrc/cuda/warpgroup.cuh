@@ -75,9 +75,11 @@ template <int kStages>
 __device__ inline uint32_t free_at(const Ring<kStages>& ring, const RingPlace<kStages>& place) {
   return full_at(ring, place) + kStages * static_cast<uint32_t>(sizeof(uint64_t));
 }
+// A whole warp comes, and goes on together: products want its lanes so, and so does give_free.
 template <int kStages>
 __device__ inline void wait_full(const Ring<kStages>& ring, const RingPlace<kStages>& place) {
   wait_at(full_at(ring, place), place.parity);
+  ptx::sync_warp();
 }
 template <int kStages>
 __device__ inline void wait_free(const Ring<kStages>& ring, const RingPlace<kStages>& place) {
