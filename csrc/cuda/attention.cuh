@@ -336,12 +336,14 @@ __device__ inline bool pairs(const Columns& columns, int n, int i, int32_t at, c
 }
 
 // To a few units in the last place; the plain formula would lose small values to cancellation.
+template <bool kAtOnce>
 __device__ inline float tanh_of(float x) {
   const float square = x * x;
   const float series =
       x * (1 + square * (-1.0f / 3 + square * (2.0f / 15 + square * (-17.0f / 315 + square * (62.0f / 2835)))));
   const float decay = ptx::exp2_near(fabsf(x) * (-2 * kLog2E));
-  const float far = (1 - decay) / (1 + decay);
+  // a division has a branch for what is not a normal number; many without it are under way at once
+  const float far = kAtOnce ? (1 - decay) * ptx::reciprocal_near(1 + decay) : (1 - decay) / (1 + decay);
   return square < 0.0625f ? series : x < 0 ? -far : far;
 }
 
@@ -361,6 +363,7 @@ template <bool kOwnKeys, bool kSlopes, int kTiles, int kColumns>
 __device__ inline void form_scores(const AttentionRule& rule, const float* table, const Columns& columns,
                                    const int32_t (&at)[2 * kTiles], float (&scores)[kTiles][kColumns][4],
                                    float (&slopes)[kTiles][kColumns][4]) {
+  constexpr bool kAtOnce = !kSlopes && kTiles == 1;  // where registers suffice for many
 #pragma unroll
   for (int m = 0; m < kTiles; ++m) {
 #pragma unroll
@@ -376,7 +379,7 @@ __device__ inline void form_scores(const AttentionRule& rule, const float* table
       for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const float capped = tanh_of(scores[m][n][i]);
+          const float capped = tanh_of<kAtOnce>(scores[m][n][i]);
           if constexpr (kSlopes) slopes[m][n][i] = 1 - capped * capped;
           scores[m][n][i] = capped * rule.cap;
         }
