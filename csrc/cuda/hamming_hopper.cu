@@ -365,7 +365,7 @@ __device__ inline void multiply_tiles(const HopperScan& a, HopperShared& shared,
   for (;;) {
     wait_full(shared.ring, place);
     const Item item = shared.items[place.stage];
-    if (item.tile == kNoTile) return;
+    if (item.tile == kNoTile) break;
     RingPlace<kStages> last = place;
     for (int chunk = 1; chunk < s.chunks; ++chunk) last.advance();
     bool counted = false;
@@ -407,6 +407,7 @@ __device__ inline void multiply_tiles(const HopperScan& a, HopperShared& shared,
       give_free(shared.ring, place, lane);
     }
   }
+  if (group == 0) begin_turn(group);  // nothing is left at the barrier
 }
 
 // What the warp's rows have counted.
@@ -460,10 +461,10 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 }  // namespace
 
 bool plan_scan_on_hopper(const Tensor& codes, Scan& s) {
+  if (!is_hopper(codes)) return false;
   // what the copy engine takes; coordinates of codes have 31 bits
   const bool is_copied = s.access == 16 && (s.count == 1 || s.stride >= s.width) && s.count > 0 && s.count >> 31 == 0;
   if (!is_copied || s.query_count <= kFewQueries || s.width == 0 || s.width > kMostChunks * kPanelRow) return false;
-  if (!is_hopper(codes)) return false;
   s.on_hopper = true;
   s.row_bytes = kPanelRow;
   s.chunks = static_cast<int32_t>(ceil_div(s.width, kPanelRow));

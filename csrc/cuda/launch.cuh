@@ -69,11 +69,12 @@ inline int multiprocessors(const Tensor& tensor) {
   return count;
 }
 
-// EMBEDDING_KERNELS_HOPPER: "none" and "all" of the calls that Hopper's own kernels can serve; else those that they
-// serve better.
-inline bool hopper_is_asked(const char* answer) {
-  const char* const asked = std::getenv("EMBEDDING_KERNELS_HOPPER");
-  return asked != nullptr && std::strcmp(asked, answer) == 0;
+// The major number of the device's compute capability.
+inline int capability(const Tensor& tensor) {
+  int major = 0;
+  raise_on_error("embedding_kernels", "the device was not read",
+                 cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, tensor.get_device_index()));
+  return major;
 }
 // Whether the library has code for sm_90a.
 #if defined(EMBEDDING_KERNELS_HOPPER)
@@ -81,20 +82,6 @@ constexpr bool kForHopper = true;
 #else
 constexpr bool kForHopper = false;
 #endif
-// Whether the device has what is compiled for sm_90a, and such code is in the library.
-inline bool is_hopper(const Tensor& tensor) {
-#if defined(EMBEDDING_KERNELS_HOPPER)
-  int major = 0;
-  raise_on_error("embedding_kernels", "the device was not read",
-                 cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, tensor.get_device_index()));
-  return major == 9 && !hopper_is_asked("none");
-#else
-  (void)tensor;
-  return false;
-#endif
-}
-// The least longest sequence for which tiles of 64 rows pay.
-inline int64_t long_for_hopper() { return hopper_is_asked("all") ? 0 : 129; }
 
 inline void copy_to_host(const char* op, void* to, const void* from, size_t bytes, cudaStream_t stream) {
   if (bytes == 0) return;
@@ -119,19 +106,35 @@ T* mutable_pointer(Tensor& tensor) {
 #else
 
 using DeviceGuard = emulation::DeviceGuard;
+using emulation::capability;
 using emulation::copy_to_host;
 using emulation::current_stream;
 using emulation::fill_zero;
-using emulation::is_hopper;
 using emulation::launch;
 using emulation::multiprocessors;
 using emulation::mutable_pointer;
 using emulation::pointer;
 using emulation::shared_memory;
 constexpr bool kForHopper = true;
-inline int64_t long_for_hopper() { return 0; }  // small shapes are to reach these kernels too
 
 #endif
+
+// Which of the calls that Hopper's own kernels can serve go to them; by EMBEDDING_KERNELS_HOPPER, else those that they
+// serve better.
+enum class HopperCalls { kBetter, kNone, kAll };
+inline HopperCalls hopper_calls() {
+  const char* const asked = std::getenv("EMBEDDING_KERNELS_HOPPER");
+  if (asked == nullptr || *asked == '\0') return HopperCalls::kBetter;
+  if (std::strcmp(asked, "none") == 0) return HopperCalls::kNone;
+  if (std::strcmp(asked, "all") == 0) return HopperCalls::kAll;
+  throw std::invalid_argument(std::string("EMBEDDING_KERNELS_HOPPER must be none or all, got ") + asked);
+}
+// Whether the device has what is compiled for sm_90a, such code is in the library, and it may run.
+inline bool is_hopper(const Tensor& tensor) {
+  return hopper_calls() != HopperCalls::kNone && kForHopper && capability(tensor) == 9;
+}
+// The least longest sequence for which tiles of 64 rows pay.
+inline int64_t long_for_hopper() { return hopper_calls() == HopperCalls::kAll ? 0 : 129; }
 
 template <class T>
 const T* pointer_or_null(const std::optional<Tensor>& tensor) {

@@ -52,6 +52,8 @@ inline TensorMapEncoder tensor_map_encoder(const char* op) {
   return found;
 }
 
+// By a thread that has had the runtime work on the device, a launch or a filling: only then does the driver have a
+// context for it. A thread of autograd may come without.
 inline TensorMap tensor_map(const char* op, const void* data, const TensorShape& shape) {
   static_assert(sizeof(TensorMap) == sizeof(CUtensorMap));
   constexpr CUtensorMapDataType kTypes[] = {CU_TENSOR_MAP_DATA_TYPE_UINT8, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
@@ -97,7 +99,7 @@ inline TensorMap ragged_map(const char* op, const void* data, int64_t dim, int64
   // what counts for nothing, and drivers need not like: the stride of one head or of one row, and (before CUDA 12.6) no
   // address where there are no rows
   if (heads == 1) head_stride = (dim + 7) / 8 * 8;
-  if (row_stride % 8 != 0) row_stride = (row_stride + 7) / 8 * 8;
+  if (row_stride % 8 != 0 || row_stride == 0) row_stride = row_stride / 8 * 8 + 8;
   const void* const first = data != nullptr ? data : reinterpret_cast<const void*>(uintptr_t{1} << 20);
   const auto d = static_cast<uint64_t>(dim), h = static_cast<uint64_t>(heads);
   const uint64_t head_bytes = 2 * static_cast<uint64_t>(head_stride), row_bytes = 2 * static_cast<uint64_t>(row_stride);

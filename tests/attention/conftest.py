@@ -17,6 +17,7 @@ def on_hopper(monkeypatch: pytest.MonkeyPatch):
     if reason := cuda_host.why_not():
         pytest.skip(reason)
     cuda_host.install(monkeypatch)
+    monkeypatch.setenv("EMBEDDING_KERNELS_HOPPER", "all")
     cuda_host.set_options(architecture=90)
     yield
     cuda_host.set_options()

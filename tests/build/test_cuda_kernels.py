@@ -236,9 +236,9 @@ def test_instructions_are_where_they_belong(name):
 @pytest.mark.parametrize("name", [name for name, expected in KERNELS.items() if expected.split])
 def test_registers_are_split_as_designed(name):
     keep, take = KERNELS[name].split
-    # a block of three warpgroups, with what a multiprocessor has
-    assert 128 * (keep + 2 * take) <= 65536
     for kernel in instances(name):
+        # a block of three warpgroups has what it was launched with: who asks for more waits for ever
+        assert keep + 2 * take <= 3 * kernel.registers, kernel
         assert kernel.architecture == "sm_90a", kernel
         assert set(kernel.split) == {("DEALLOC", keep), ("TRY_ALLOC", take)}, kernel
 

@@ -14,6 +14,7 @@ ATTENTION = [op for op in cuda_table.TABLE if "attention" in op]
 SCANS = [op for op in cuda_table.TABLE if "hamming" in op]
 EVERY_DTYPE = (torch.float32, torch.bfloat16, torch.float16)
 WIDTHS = (16, 64, 72, 136, 256)
+HOPPER = "EMBEDDING_KERNELS_HOPPER"
 
 
 def attention(dtype: torch.dtype, head_dim: int, value_dim: int) -> tuple[torch.Tensor, ...]:
@@ -47,8 +48,9 @@ def architecture(request):
 
 @pytest.mark.parametrize("dtype", EVERY_DTYPE)
 @pytest.mark.parametrize("op", ATTENTION)
-def test_rows_hold_what_the_kernels_take(op, dtype, architecture):
+def test_rows_hold_what_the_kernels_take(op, dtype, architecture, monkeypatch):
     """Inside a row the kernel of its name runs; outside, the C++ code refuses."""
+    monkeypatch.setenv(HOPPER, "all")
     run = getattr(getattr(torch.ops, cuda_host.NAMESPACE), op)
     for width in WIDTHS:
         for value_width in {width, 64}:
@@ -117,6 +119,59 @@ def test_long_sequences_go_to_hopper_kernels(lengths, architecture, kernel):
     row = cuda_table.row_for("varlen_attention", OPERATORS["varlen_attention"].argument_names, args, architecture)
     assert row is not None
     assert row.kernel == kernel
+
+
+@pytest.mark.parametrize("asked", (None, "", "none", "all"))
+@pytest.mark.parametrize("lengths", ((128, 128), (129, 65), (129, 1, 1, 1)))
+def test_the_variable_has_the_last_word(lengths, asked, monkeypatch):
+    """The C++ code goes by the table where nothing is asked for."""
+    monkeypatch.delenv(HOPPER, raising=False)
+    if asked is not None:
+        monkeypatch.setenv(HOPPER, asked)
+    q = torch.randn(sum(lengths), 1, 16).to(torch.bfloat16)
+    offsets = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    args = (q, q, q, offsets, offsets, max(lengths), max(lengths))
+    architecture = 80 if asked == "none" else 90
+    names = OPERATORS["varlen_attention"].argument_names
+    row = cuda_table.row_for("varlen_attention", names, args, architecture, whenever=asked == "all")
+    assert row is not None
+    with cuda_host.architecture(90):
+        cuda_host.launched()
+        getattr(torch.ops, cuda_host.NAMESPACE).varlen_attention(*args)
+    assert {line.split()[-1] for line in cuda_host.launched()} == {row.kernel}
+
+
+@pytest.mark.parametrize("op", cuda_table.TABLE)
+def test_an_unknown_value_of_the_variable_is_refused(op, architecture, monkeypatch):
+    monkeypatch.setenv(HOPPER, "both")
+    codes = rows_of_codes(9, 48, 48)
+    args = calls(op, torch.bfloat16, 64, 64) if op in ATTENTION else (codes, codes, 3)[: 2 + ("distance" not in op)]
+    cuda_host.launched()
+    with pytest.raises(ValueError, match=r"^EMBEDDING_KERNELS_HOPPER must be none or all, got both$"):
+        getattr(getattr(torch.ops, cuda_host.NAMESPACE), op)(*args)
+    assert not {"attention_kernel", "scan_kernel"} & {line.split()[-1] for line in cuda_host.launched()}
+
+
+@pytest.mark.parametrize("stride", (0, 3, 64))
+def test_the_stride_of_a_single_row_counts_for_nothing(stride, architecture, monkeypatch):
+    monkeypatch.setenv(HOPPER, "all")
+    q, k, v = torch.randn(3, 1, 2, 32).to(torch.bfloat16)
+    offsets = torch.tensor([0, 1], dtype=torch.int32)
+    run = getattr(torch.ops, cuda_host.NAMESPACE).varlen_attention
+    strided = [rows.as_strided(rows.shape, (stride, 32, 1)) for rows in (q, k, v)]
+    out, lse = run(*strided, offsets, offsets, 1, 1)
+    assert torch.equal(out, v)
+    assert torch.equal(lse, run(q, k, v, offsets, offsets, 1, 1)[1])
+
+
+def test_more_rows_than_maps_count_go_elsewhere():
+    offsets = torch.tensor([0, 2**30, 2**30 + 1], dtype=torch.int32)
+    names = OPERATORS["varlen_attention"].argument_names
+    for rows, kernel in ((2**30, "attention_hopper_kernel"), (2**30 + 1, "attention_kernel")):
+        k = torch.empty(1, 1, 16, dtype=torch.bfloat16).expand(rows, 1, 16)
+        row = cuda_table.row_for("varlen_attention", names, (k[:400], k, k, offsets, offsets, 400, rows), 90)
+        assert row is not None
+        assert row.kernel == kernel
 
 
 def test_both_sides_of_the_table_are_tried():

@@ -42,7 +42,7 @@ void* shared_bytes(size_t bytes);
 // Memory that kernels may touch until the outermost operator ends; parts may overlap.
 void note_buffer(const void* data, size_t bytes);
 
-// The compute capability that is played, 80 or 90: how much shared memory there is, which kernels are chosen.
+// The compute capability that is played, 80 or 90: how much shared memory there is, which kernels there are.
 int architecture();
 // Writes a map for copies of boxes; throws std::runtime_error for what the driver would refuse.
 void encode_tensor_map(const char* op, void* map, const void* data, int element_bytes, int rank, const uint64_t* sizes,
@@ -123,7 +123,7 @@ using torch::stable::Tensor;
 inline cudaStream_t current_stream(const Tensor&) { return nullptr; }
 // few, so that loops over a grid take more than one turn
 inline int multiprocessors(const Tensor&) { return 3; }
-inline bool is_hopper(const Tensor&) { return architecture() == 90; }
+inline int capability(const Tensor&) { return architecture() / 10; }
 
 inline void note_tensor(const Tensor& tensor) {
   if (tensor.numel() == 0) return;

@@ -47,18 +47,21 @@ class AttentionRow(Row):
 
     Attributes:
         longest: the least ``max_seqlen_q``; sequences are half as long at least in the mean.
+        rows: the most rows of queries, and of keys.
     """
 
     longest: int = 0
+    rows: int = 2**31 - 1
 
     dtypes = (torch.bfloat16, torch.float16)
     head_dims = range(16, 257, 8)
 
     def takes(self, call: dict[str, Any], whenever: bool) -> bool:
         q, v, sequences = call["q"], call["v"], call["cu_seqlens_q"].shape[0] - 1
+        counted = max(q.shape[0], call["k"].shape[0]) <= self.rows
         is_long = call["max_seqlen_q"] >= self.longest and q.shape[0] >= self.longest // 2 * sequences
         dims = q.shape[-1] in self.head_dims and v.shape[-1] in self.head_dims
-        return (is_long or whenever) and dims and q.dtype in self.dtypes
+        return (is_long or whenever) and counted and dims and q.dtype in self.dtypes
 
     def what(self) -> str:
         dims = f"heads of {self.head_dims[0]} to {self.head_dims[-1]} dimensions in steps of {self.head_dims.step}"
@@ -88,14 +91,15 @@ class HopperScan(Row):
 
 
 _LONG = 129  # with shorter texts the tiles of 64 rows would be mostly empty
+_RAGGED = 2**30  # rows that maps for the copy engine count
 _SCANS = (HopperScan("hamming_hopper_kernel"), Row("scan_kernel"))
 TABLE: dict[str, tuple[Row, ...]] = {
     "varlen_attention": (
-        AttentionRow("attention_hopper_kernel", 90, only=True, longest=_LONG),
+        AttentionRow("attention_hopper_kernel", 90, only=True, longest=_LONG, rows=_RAGGED),
         AttentionRow("attention_kernel"),
     ),
     "varlen_attention_backward": (
-        AttentionRow("attention_gradient_hopper_kernel", 90, only=True, longest=_LONG),
+        AttentionRow("attention_gradient_hopper_kernel", 90, only=True, longest=_LONG, rows=_RAGGED),
         AttentionRow("attention_gradient_kernel"),
     ),
     "hamming_distance": _SCANS,
@@ -115,7 +119,8 @@ def row_for(
     """The row of the kernel that serves a call; None where no kernel in C++ does.
 
     Only for operators that have rows; ``args`` are positional, as in the schema. ``whenever``: also where another
-    kernel serves better, as the host emulation and ``EMBEDDING_KERNELS_HOPPER=all`` have it.
+    kernel serves better, as ``EMBEDDING_KERNELS_HOPPER=all`` has it. The variable itself is read, and any value but
+    ``all`` and ``none`` refused, in ``csrc/cuda/launch.cuh``.
     """
     call = dict(zip(argument_names, args, strict=False))
     return next((row for row in TABLE[op] if row.runs_on(architecture) and row.takes(call, whenever)), None)
