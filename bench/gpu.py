@@ -1,9 +1,10 @@
-"""Everything that a GPU machine has to show, in one command and under eight minutes: ``make gpu``.
+"""Everything that a GPU machine has to show, in one command and about eight minutes: ``make gpu``.
 
-Builds from source against the torch that is there, without the network; runs the tests of all backends, the conformance
-program, compute-sanitizer and every benchmark on the GPU; writes one JSON, pictures and a table. Each part has its own
-time limit and is kept when another fails; what is done is not done again (``--again`` forgets it). Without a GPU,
-``--dry-run`` goes through all parts on the CPU: everything but launches.
+Builds from source against the torch that is there, without the network; measures what the machine can do; tests every
+kernel on small shapes, under compute-sanitizer too; measures every benchmark on the GPU; then the conformance program
+and the tests of models. Writes one JSON, pictures and a table, after each part. Each part has its own time limit and is
+kept when another fails; what is done is not done again (``--again`` forgets it). Without a GPU, ``--dry-run`` goes
+through all parts on the CPU: everything but launches.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import fcntl
 import importlib.util
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -72,7 +73,7 @@ def _compile(source: Path, flags: Sequence[str]) -> Path:
 
 
 def _link(name: str, work: Sequence[tuple[Path, Sequence[str]]], libraries: Sequence[str]) -> Path:
-    with _alone(), ThreadPoolExecutor(2) as pool:
+    with _alone(), ThreadPoolExecutor(max(2, (os.cpu_count() or 2) // 2)) as pool:
         objects = list(pool.map(lambda pair: _compile(*pair), work))
         target = OUTPUT / name
         if target.exists() and all(path.stat().st_mtime <= target.stat().st_mtime for path in objects):
