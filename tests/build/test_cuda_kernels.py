@@ -123,6 +123,7 @@ class Kernel:
     local: int
     instructions: frozenset[str]
     split: tuple[tuple[str, int], ...]  # USETMAXREG's instructions and numbers
+    touched: tuple[str, ...]  # instructions, of products under way
 
     def __repr__(self) -> str:
         return f"{self.name}<{self.arguments}> for {self.architecture}"
@@ -142,6 +143,35 @@ def name_and_arguments(demangled: str) -> tuple[str, str]:
         if depth == 0:
             return name, rest[1:place]
     raise AssertionError(demangled)
+
+
+_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ +)?([A-Z][\w.]*) *([^;]*);", re.M)
+
+
+def touched_under_way(body: str) -> tuple[str, ...]:
+    """Instructions that use sums, or overwrite factors, of a warpgroup's products before these are waited for. In the
+    order of the listing: what is under way at the end of a loop is not followed to its beginning."""
+    touched = []
+    commits: list[tuple[set[int], set[int]]] = [(set(), set())]  # sums and factors; the last one is open
+    for name, operands in _INSTRUCTION.findall(body):
+        if product := re.match(r"[HB]GMMA\.64x(\d+)x", name):
+            first, left = (re.match(r"R(\d+)", operand.strip()) for operand in operands.split(",")[:2])
+            assert first, operands
+            commits[-1][0].update(range(int(first[1]), int(first[1]) + int(product[1]) // 2))
+            if left:
+                commits[-1][1].update(range(int(left[1]), int(left[1]) + 4))
+            if "gsb0" in operands:
+                commits.append((set(), set()))
+        elif name.startswith("WARPGROUP.DEPBAR"):
+            commits = commits[-1 - int(operands.rsplit("0x", 1)[1], 16) :]
+        elif any(sums for sums, _ in commits):
+            used = {int(register) for register in re.findall(r"\bR(\d+)\b", operands)}
+            written = re.match(r"(?:U?PT?\w*, )?R(\d+)\b", "" if name.startswith(("ST", "SYNCS", "BAR")) else operands)
+            wide = 4 if ".128" in name else 2 if re.search(r"\.64|WIDE", name) else 1
+            results = set(range(int(written[1]), int(written[1]) + wide)) if written else set()
+            if any((used | results) & sums or results & factors for sums, factors in commits):
+                touched.append(f"{name} {operands}".strip())
+    return tuple(touched)
 
 
 def _cuobjdump(what: str) -> Iterator[tuple[str, str]]:
@@ -173,7 +203,7 @@ def kernels() -> tuple[Kernel, ...]:
             r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", listing
         ):
             usage[architecture, function] = tuple(map(int, numbers))
-    code, split = {}, {}
+    code, split, touched = {}, {}, {}
     for architecture, listing in _cuobjdump("--dump-sass"):
         for body in listing.split("Function : ")[1:]:
             instructions = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ +)?([A-Z][\w.]*)", body, re.M)
@@ -181,11 +211,12 @@ def kernels() -> tuple[Kernel, ...]:
             code[key] = frozenset(instructions)
             counts = re.findall(r"USETMAXREG\.(\w+)\.\w+ (?:UP\w+, )?(0x[0-9a-f]+)", body)
             split[key] = tuple((kind, int(count, 16)) for kind, count in counts)
+            touched[key] = touched_under_way(body)
     assert usage.keys() == code.keys()
     found = []
     for (architecture, function), name in zip(usage, _demangled([key[1] for key in usage]), strict=True):
         key = architecture, function
-        found.append(Kernel(architecture, *name_and_arguments(name), *usage[key], code[key], split[key]))
+        found.append(Kernel(architecture, *name_and_arguments(name), *usage[key], code[key], split[key], touched[key]))
     return tuple(found)
 
 
@@ -241,6 +272,36 @@ def test_registers_are_split_as_designed(name):
         assert keep + 2 * take <= 3 * kernel.registers, kernel
         assert kernel.architecture == "sm_90a", kernel
         assert set(kernel.split) == {("DEALLOC", keep), ("TRY_ALLOC", take)}, kernel
+
+
+@pytest.mark.parametrize("name", [name for name, expected in KERNELS.items() if expected.split])
+def test_products_under_way_are_left_alone(name):
+    for kernel in instances(name):
+        assert not kernel.touched, kernel
+
+
+def test_what_touches_products_under_way_would_be_found():
+    listing = """
+        /*0010*/                   FADD R24, R24, R1 ;
+        /*0020*/                   HGMMA.64x64x16.F32.BF16 R24, R4, gdesc[UR4].tnspB, R24 ;
+        /*0030*/              @!P0 MOV R4, R1 ;
+        /*0040*/                   HGMMA.64x64x16.F32.BF16 R24, R8, gdesc[UR4].tnspB, R24, gsb0 ;
+        /*0050*/                   HGMMA.64x128x16.F32.BF16 R64, gdesc[UR8], RZ, !UPT, gsb0 ;
+        /*0060*/                   FADD R0, R4, R55 ;
+        /*0070*/                   LDS.128 R8, [R1] ;
+        /*0080*/                   STS [R3], R8 ;
+        /*0090*/                   WARPGROUP.DEPBAR.LE gsb0, 0x1 ;
+        /*00a0*/                   FADD R4, R4, R55 ;
+        /*00b0*/                   SHFL.BFLY PT, R127, R0, 0x1, 0x1f ;
+        /*00c0*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*00d0*/                   FADD R127, R64, R24 ;
+    """
+    assert touched_under_way(listing) == (
+        "MOV R4, R1",
+        "FADD R0, R4, R55",
+        "LDS.128 R8, [R1]",
+        "SHFL.BFLY PT, R127, R0, 0x1, 0x1f",
+    )
 
 
 def test_what_is_forbidden_would_be_found():
