@@ -54,7 +54,8 @@ Tensor anchor_attention(Tensor views, Tensor queries, Tensor cu_passages) {
   AnchorTensors tensors{views, queries, cu_passages, "queries"};
   const Anchoring anchoring = tensors.checked("anchor_attention");
   Tensor out = empty_of(queries);
-  embedding_kernels::anchor_attention(anchor_scores_loops(), anchoring, bytes_of(out), TorchParallelFor());
+  embedding_kernels::anchor_attention(anchor_attention_loops(), anchoring, bytes_of(out), torch_threads(),
+                                      TorchParallelFor());
   return out;
 }
 

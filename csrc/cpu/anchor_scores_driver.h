@@ -4,9 +4,12 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
+#include <utility>
 #include <vector>
 
 #include "anchor_scores.h"
+#include "attention_driver.h"
 #include "selection.h"
 
 namespace embedding_kernels {
@@ -37,9 +40,7 @@ struct Anchoring {
   int64_t row_bytes() const { return dim * dtype_bytes(dtype); }
 };
 
-// Sums over passages run in blocks, whose sums are then added: the roundings of one long sum would show.
-constexpr int64_t kPassagesAtOnce = 128;
-constexpr int64_t kHeadsATask = 8, kRowsAtOnce = 8;
+constexpr int64_t kRowsAtOnce = 8;
 
 inline int64_t in_whole_vectors(int64_t count) { return (count + 15) / 16 * 16; }
 
@@ -79,23 +80,44 @@ inline std::vector<float> anchor_weights(const AnchorScoresLoops& loops, const A
   return weights;
 }
 
+class AnchorWork {
+ public:
+  explicit AnchorWork(int64_t dim)
+      : scratch_(std::make_unique_for_overwrite<AnchorScratch>()), rows_(4 * kRows * padded_dim(dim)) {
+    float* next = reinterpret_cast<float*>(rows_.data());
+    const auto take = [&](int64_t rows) { return std::exchange(next, next + rows * padded_dim(dim)); };
+    scratch_->head_rows = take(kQueryTile);
+    scratch_->head_columns = take(kQueryTile);
+    scratch_->out = take(kQueryTile);
+    scratch_->views = take(kPassagesAtOnce);
+    scratch_->pairs = take(kPassagesAtOnce / 2);
+  }
+  AnchorScratch* get() const { return scratch_.get(); }
+
+ private:
+  static constexpr int64_t kRows = 3 * kQueryTile + kPassagesAtOnce + kPassagesAtOnce / 2;
+  std::unique_ptr<AnchorScratch> scratch_;
+  WorkMemory rows_;
+};
+
 // out: [Q, m, H, D], dense, of the dtype of the views.
 template <class ParallelFor>
-void anchor_attention(const AnchorScoresLoops& loops, const Anchoring& a, uint8_t* out,
+void anchor_attention(const AnchorAttentionLoops& loops, const Anchoring& a, uint8_t* out, int64_t threads,
                       const ParallelFor& parallel_for) {
-  const int64_t parts = (a.heads + kHeadsATask - 1) / kHeadsATask;
-  parallel_for(a.count * a.view_count * parts, [&](int64_t task) {
-    const int64_t place = task / parts, first = task % parts * kHeadsATask;
-    const int64_t query = place / a.view_count, view = place % a.view_count;
-    const int64_t heads = std::min(kHeadsATask, a.heads - first);
-    const AnchorRows rows = a.own_views(query, view);
-    std::vector<float> mixed(heads * a.dim);
-    if (rows.count > 0) {
-      const AnchorRows own = a.queries.heads(query, view, a.heads).part(first, heads);
-      const std::vector<float> weights = anchor_weights(loops, a, floats_of(loops, a, own), heads, rows);
-      mix_in_blocks(loops, a, {weights.data(), in_whole_vectors(rows.count), 1}, heads, rows, mixed.data());
-    }
-    loops.store[a.dtype](mixed.data(), heads * a.dim, out + (place * a.heads + first) * a.row_bytes());
+  const int64_t lists = a.count * a.view_count, tile = lists < threads ? kQueryTile / 2 : kQueryTile;
+  const int64_t parts = (a.heads + tile - 1) / tile;
+  const bool worth = a.offsets[a.count] * a.view_count * a.heads * 2 * a.dim >= kSerialProducts;
+  share_out(lists * parts, worth ? threads : 1, parallel_for, [&](const auto& for_parts) {
+    const AnchorWork work(a.dim);
+    loops.enter();
+    for_parts([&](int64_t part) {
+      const int64_t place = part / parts, first = part % parts * tile;
+      const int64_t query = place / a.view_count, view = place % a.view_count;
+      const AnchorRows heads = a.queries.heads(query, view, a.heads).part(first, std::min(tile, a.heads - first));
+      uint8_t* const to = out + (place * a.heads + first) * a.row_bytes();
+      loops.attend[a.dtype]({heads, a.own_views(query, view), a.dim, to, work.get()});
+    });
+    loops.leave();
   });
 }
 

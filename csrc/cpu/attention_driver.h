@@ -129,18 +129,16 @@ inline bool worth_threads(const Attention& attention) {
   return products * attention.q.heads * (attention.q.dim + attention.v.dim) >= kSerialProducts;
 }
 
-// Runs worker(for_parts) on each thread; its for_parts(work) calls work(part) for one part after the other, the
-// next few whenever it is free.
+// Runs worker(for_parts) on each thread; its for_parts(work) calls work(i) for one of `count` parts after the other,
+// the next few whenever it is free.
 template <class Worker, class ParallelFor>
-void share_out(const std::vector<AttentionPart>& parts, int64_t threads, const ParallelFor& parallel_for,
-               const Worker& worker) {
-  const int64_t count = static_cast<int64_t>(parts.size());
+void share_out(int64_t count, int64_t threads, const ParallelFor& parallel_for, const Worker& worker) {
   const int64_t grain = std::max<int64_t>(1, count / (threads * 4 * kPartsAThread));
   std::atomic<int64_t> next{0};
   parallel_for(std::min(threads, count), [&](int64_t) {
     worker([&](const auto& work) {
       for (int64_t first; (first = next.fetch_add(grain)) < count;) {
-        for (int64_t i = first; i < std::min(first + grain, count); ++i) work(parts[i]);
+        for (int64_t i = first; i < std::min(first + grain, count); ++i) work(i);
       }
     });
   });
@@ -217,11 +215,13 @@ void attention_forward(const AttentionLoops& loops, const Attention& attention, 
   const AttentionTables tables(attention);
   threads = worth_threads(attention) ? threads : 1;
   const int64_t bytes = prepared_bytes(most_keys(attention), attention.q.dim, attention.v.dim);
-  share_out(attention_parts(attention, threads, true), threads, parallel_for, [&](const auto& for_parts) {
+  const std::vector<AttentionPart> parts = attention_parts(attention, threads, true);
+  share_out(parts.size(), threads, parallel_for, [&](const auto& for_parts) {
     const auto scratch = std::make_unique_for_overwrite<AttentionScratch>();
     const WorkMemory memory(bytes);
     loops.enter();
-    for_parts([&](const AttentionPart& part) {
+    for_parts([&](int64_t index) {
+      const AttentionPart& part = parts[index];
       look_ahead(attention, part, &scratch->ahead);
       const int64_t s = part.sequence, start = attention.offsets_k[s], count = attention.keys(s);
       PreparedKeys keys;
@@ -323,10 +323,11 @@ void attention_backward(const AttentionBackwardLoops& loops, const Attention& at
   for (int64_t s = 0; s < attention.sequences; ++s) {
     for (int64_t h = 0; h < attention.k.heads; ++h) parts.push_back({s, h, 0, 0});
   }
-  share_out(parts, threads, parallel_for, [&](const auto& for_parts) {
+  share_out(parts.size(), threads, parallel_for, [&](const auto& for_parts) {
     const auto scratch = std::make_unique_for_overwrite<AttentionScratch>();
     const WorkMemory memory(bytes), sums_memory(4 * most * (shape.key_stride + shape.value_stride));
-    for_parts([&](const AttentionPart& part) {
+    for_parts([&](int64_t index) {
+      const AttentionPart& part = parts[index];
       look_ahead(attention, part, &scratch->ahead);
       if (part.sequence + 1 < attention.sequences) {
         for (const Heads* heads : {&gradient.out, &gradient.grad_out}) {

@@ -2,6 +2,7 @@
 #include "attention.h"
 #include "attention_rows.h"
 #include "attention_scores.h"
+#include "attention_softmax.h"
 
 namespace embedding_kernels {
 namespace {
@@ -13,16 +14,6 @@ constexpr int64_t kKeyBlock = math == Math::pairs ? 256 : 128;
 // ---- keys and values ----
 
 #if defined(EK_ISA_AVX512)
-
-// Two keys' bfloat16 values of the same dimension side by side, for kWidth dimensions.
-template <bool partial>
-inline Words pair_values(const HeadRows& values, int64_t key, int64_t column, int64_t part) {
-  const auto load = [&](int64_t index) {
-    if (index >= values.count) return Words{};
-    return bits_of_float(load_at<kBFloat16, partial>(row_of<kBFloat16>(values, index), column, part));
-  };
-  return load(key) >> 16 | load(key + 1);
-}
 
 // Values transposed: a row for each dimension, a unit for two keys; zeros to whole tiles.
 inline void transpose_values(const HeadRows& values, int64_t stride, float* out) {
@@ -58,94 +49,6 @@ void prepare(const HeadRows& keys, const HeadRows& values, const Rotation& rotat
   if constexpr (kMath<dtype> == Math::pairs) return prepare_pairs(keys, values, rotation, buffer, prepared);
 #endif
   prepare_floats<dtype, false>(keys, values, rotation, buffer, prepared);
-}
-
-// ---- softmax ----
-
-#if defined(EK_ISA_AVX512)
-// The bfloat16 of `low` and `high`, side by side in each lane.
-inline Floats pair_of(Floats low, Floats high) {
-  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
-                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  const __m512bh halves = _mm512_cvtne2ps_pbh(high, low);
-  return _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, reinterpret_cast<__m512i>(halves)));
-}
-#endif
-
-// Scores to weights 2^(score - most), in place; `sums` takes their sums over the keys.
-template <int vectors>
-inline void exponentiate(float* scores, int64_t keys, const Floats* most, Floats* sums) {
-  for (int64_t j = 0; j < keys; ++j) {
-#pragma GCC unroll 2
-    for (int v = 0; v < vectors; ++v) {
-      float* const place = scores + j * kQueryTile + v * kWidth;
-      const Floats weight = exp2<6>(load_floats(place) - most[v]);
-      store_floats(weight, place);
-      sums[v] += weight;
-    }
-  }
-}
-
-#if defined(EK_ISA_AVX512)
-// The same into pairs of keys, with zeros to whole tiles.
-template <int vectors>
-inline void exponentiate_pairs(const float* scores, int64_t keys, const Floats* most, float* weights, Floats* sums) {
-  const int64_t pairs = (keys + 1) / 2;
-  for (int64_t j = 0; j < pairs; ++j) {
-#pragma GCC unroll 2
-    for (int v = 0; v < vectors; ++v) {
-      const float* const place = scores + 2 * j * kQueryTile + v * kWidth;
-      const Floats low = exp2<4>(load_floats(place) - most[v]);
-      const Floats high = 2 * j + 1 < keys ? exp2<4>(load_floats(place + kQueryTile) - most[v]) : Floats{};
-      store_floats(pair_of(low, high), weights + j * kQueryTile + v * kWidth);
-      sums[v] += low + high;
-    }
-  }
-  for (int64_t j = pairs; j < round_up(pairs, kDepthStep); ++j) {
-    for (int v = 0; v < vectors; ++v) store_floats(Floats{}, weights + j * kQueryTile + v * kWidth);
-  }
-}
-#endif
-
-// The running softmax of a tile, a lane for each query.
-struct alignas(64) Running {
-  float most[kQueryTile];     // largest score so far, base 2
-  float sums[kQueryTile];     // of 2^(score - most)
-  float rescale[kQueryTile];  // of what was summed before this block
-};
-
-// Takes a block's products in; true where earlier output must be rescaled.
-template <Math math>
-inline bool take_block(const Sight& sight, bool mask, const int32_t* positions, int64_t keys, Running& running,
-                       AttentionScratch& scratch) {
-  bool moved = false;
-  for_lanes(sight.queries->count, [&]<int vectors>(int64_t lane) {
-    Floats best[vectors], most[vectors], sums[vectors];
-    form_scores<vectors>(sight, mask, positions, keys, lane, scratch.scores, nullptr, best);
-    for (int v = 0; v < vectors; ++v) {
-      const int64_t place = lane + v * kWidth;
-      const Floats before = load_floats(running.most + place), now = maximum(best[v], before);
-      // where nothing has been seen yet, any finite number serves
-      most[v] = choose(equal(now, broadcast(-kInfinity)), Floats{}, now);
-      const Floats rescale = exp2<6>(before - most[v]);
-      sums[v] = Floats{};
-      store_floats(now, running.most + place);
-      store_floats(rescale, running.rescale + place);
-    }
-    if constexpr (math == Math::floats) {
-      exponentiate<vectors>(scratch.scores + lane, keys, most, sums);
-    } else {
-#if defined(EK_ISA_AVX512)
-      exponentiate_pairs<vectors>(scratch.scores + lane, keys, most, scratch.weights + lane, sums);
-#endif
-    }
-    for (int v = 0; v < vectors; ++v) {
-      float* const place = running.sums + lane + v * kWidth;
-      store_floats(multiply_add(load_floats(place), load_floats(running.rescale + lane + v * kWidth), sums[v]), place);
-    }
-  });
-  for (int64_t i = 0; i < sight.queries->count; ++i) moved |= running.rescale[i] != 1.0f;
-  return moved;
 }
 
 // ---- output: [queries, dimensions] in floats, transposed from pairs ----
@@ -251,10 +154,7 @@ void attend(const AttentionTile& tile) {
                          scratch.query_columns);
   const Sight sight = sight_of(queries, *tile.rule, tile.bias, scratch);
   Running running;
-  for (int64_t i = 0; i < kQueryTile; ++i) {
-    running.most[i] = -kInfinity;
-    running.sums[i] = 0.0f;
-  }
+  begin(running);
   bool begun = false;
   for (int64_t first = 0; first < keys.source.count; first += kKeyBlock<math>) {
     const int64_t left = keys.source.count - first, count = left < kKeyBlock<math> ? left : kKeyBlock<math>;
@@ -265,7 +165,10 @@ void attend(const AttentionTile& tile) {
     multiply<math, false, false>({rows, keys.key_stride, scratch.query_columns, kQueryTile, scratch.scores, kQueryTile,
                                   count, depth, lanes, &scratch.ahead});
     bring_near(&scratch.ahead, kLinesAtOnce);
-    const bool moved = take_block<math>(sight, part == Seen::some, positions, count, running, scratch);
+    const bool moved = take_block<math>(
+        queries.count, count, scratch.scores, scratch.weights, running, [&]<int vectors>(int64_t lane, Floats* best) {
+          form_scores<vectors>(sight, part == Seen::some, positions, count, lane, scratch.scores, nullptr, best);
+        });
     bring_near(&scratch.ahead, kLinesAtOnce);
     if (begun && moved) rescale_output<math>(running, queries.count, keys.value_dim, scratch.out);
     add_values<math>(keys, first, count, queries.count, begun, scratch);

@@ -1,4 +1,4 @@
-// For *_loops.cpp of the attention family only: rows of a head into the layouts that the products read.
+// For *_loops.cpp of attention only: rows of a head into the layouts that the products read.
 #pragma once
 
 #include "attention.h"
@@ -45,7 +45,7 @@ inline void rotate(float* row, const Rotation& rotation, int32_t position, float
 // Units of a row: floats, or pairs of bfloat16.
 template <Math math>
 inline int64_t units_of(int64_t dim) {
-  return math == Math::pairs ? dim / 2 : dim;
+  return math == Math::pairs ? (dim + 1) / 2 : dim;
 }
 
 // One row, rotated, as `units` units of the math; what is past the row is zero.
@@ -53,6 +53,7 @@ template <Dtype dtype, Math math>
 inline void load_row(const void* row, int64_t dim, const Rotation& rotation, int32_t position, float* out,
                      int64_t units) {
   if (math == Math::pairs && rotation.cos == nullptr) {
+    if (dim % 2 == 1) out[dim / 2] = 0.0f;
     __builtin_memcpy(out, row, 2 * dim);
   } else {
     float rotated[kMostHeadDim];
@@ -104,6 +105,18 @@ inline void load_tile(const HeadRows& rows, const Rotation& rotation, int64_t st
   load_rows<dtype, math>(rows, rotation, stride, 1, by_row);
   columns_of(by_row, stride, rows.count, round_up(units_of<math>(rows.dim), kDepthStep), by_column);
 }
+
+#if defined(EK_ISA_AVX512)
+// Two keys' bfloat16 values of the same dimension side by side, for kWidth dimensions.
+template <bool partial>
+inline Words pair_values(const HeadRows& values, int64_t key, int64_t column, int64_t part) {
+  const auto load = [&](int64_t index) {
+    if (index >= values.count) return Words{};
+    return bits_of_float(load_at<kBFloat16, partial>(row_of<kBFloat16>(values, index), column, part));
+  };
+  return load(key) >> 16 | load(key + 1);
+}
+#endif
 
 // From row to row of a tile: whole vectors.
 template <Math math>

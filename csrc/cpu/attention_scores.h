@@ -1,4 +1,4 @@
-// For *_loops.cpp of the attention family only: from products of queries and keys to scores in base 2 (softcap, bias,
+// For *_loops.cpp of attention only: from products of queries and keys to scores in base 2 (softcap, bias,
 // mask). Scores lie transposed: a row of kQueryTile lanes for each key.
 #pragma once
 
@@ -100,7 +100,8 @@ inline void form_scores(const Sight& sight, const int32_t* positions, int64_t ke
     most[0][v] = most[1][v] = broadcast(-kInfinity);
   }
   float buffer[kQueryTile];
-  const auto form = [&](int64_t j, Floats* greatest) {
+  // left to itself the compiler calls it for every key where nothing is masked
+  const auto form = [&](int64_t j, Floats* greatest) __attribute__((always_inline)) {
     float* const row = scores + j * kQueryTile + lane;
     const float* const biases = bias ? bias_row(sight, positions[j], buffer) + lane : nullptr;
 #pragma GCC unroll 2

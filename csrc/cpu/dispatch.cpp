@@ -44,6 +44,7 @@ namespace embedding_kernels {
 #define EK_DISPATCH_AMX EK_DISPATCH
 #endif
 
+EK_DISPATCH_AMX(AnchorAttentionLoops, anchor_attention_loops)
 EK_DISPATCH(AnchorScoresLoops, anchor_scores_loops)
 EK_DISPATCH_AMX(AttentionLoops, attention_loops)
 EK_DISPATCH_AMX(AttentionBackwardLoops, attention_backward_loops)

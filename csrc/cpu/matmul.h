@@ -77,8 +77,8 @@ inline Floats multiply_add_unit(float a, Floats b, Floats c) {
   return multiply_add(broadcast(a), b, c);
 }
 
-// A block of C that fits the registers.
-template <Math math, bool transposed, bool accumulate, int rows, int vectors>
+// A block of C that fits the registers. `fetch`: the rows of A after its own are brought near, line by line.
+template <Math math, bool transposed, bool accumulate, bool fetch, int rows, int vectors>
 inline void multiply_block(const Product& p, int64_t row, int64_t column) {
   const float* a = p.a + (transposed ? row : row * p.a_stride);
   const float* b = p.b + column;
@@ -91,6 +91,9 @@ inline void multiply_block(const Product& p, int64_t row, int64_t column) {
     for (int v = 0; v < vectors; ++v) sums[r][v] = accumulate ? load_floats(c + r * p.c_stride + v * kWidth) : Floats{};
   }
   for (int64_t k = 0; k < p.depth; ++k) {
+    if (fetch && k % (64 / 4) == 0) {
+      for (int r = rows; r < 2 * rows; ++r) __builtin_prefetch(a + r * a_row + k);
+    }
     Floats from_b[vectors];
 #pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) from_b[v] = load_floats(b + k * p.b_stride + v * kWidth);
@@ -111,21 +114,22 @@ inline void multiply_block(const Product& p, int64_t row, int64_t column) {
 // Rows of a block: with two vectors each, two of B and one of A, all registers but few are sums.
 constexpr int kBlockRows = kWidth == 16 ? 12 : 6;
 
-template <Math math, bool transposed, bool accumulate, int vectors, int rows = kBlockRows>
+template <Math math, bool transposed, bool accumulate, bool fetch, int vectors, int rows = kBlockRows>
 inline void multiply_rows(const Product& p, int64_t row, int64_t column, int64_t count) {
   if constexpr (rows > 1) {
-    if (count < rows) return multiply_rows<math, transposed, accumulate, vectors, rows - 1>(p, row, column, count);
+    if (count < rows)
+      return multiply_rows<math, transposed, accumulate, fetch, vectors, rows - 1>(p, row, column, count);
   }
-  multiply_block<math, transposed, accumulate, rows, vectors>(p, row, column);
+  multiply_block<math, transposed, accumulate, fetch, rows, vectors>(p, row, column);
 }
 
-template <Math math, bool transposed, bool accumulate, int vectors>
+template <Math math, bool transposed, bool accumulate, bool fetch, int vectors>
 inline void multiply_strip(const Product& p, int64_t column) {
   // blocks of nearly equal height: a last one of a single row would wait for itself
   const int64_t blocks = (p.rows + kBlockRows - 1) / kBlockRows;
   for (int64_t i = 0; i < blocks; ++i) {
     const int64_t row = p.rows * i / blocks;
-    multiply_rows<math, transposed, accumulate, vectors>(p, row, column, p.rows * (i + 1) / blocks - row);
+    multiply_rows<math, transposed, accumulate, fetch, vectors>(p, row, column, p.rows * (i + 1) / blocks - row);
     bring_near(p.ahead, kLinesAtOnce);
   }
 }
@@ -183,7 +187,7 @@ inline void multiply_tile_strip(const Product& p, int64_t column) {
 
 #endif
 
-template <Math math, bool transposed, bool accumulate>
+template <Math math, bool transposed, bool accumulate, bool fetch = false>
 __attribute__((noinline)) void multiply(const Product& p) {
   int64_t column = 0;
 #if defined(EK_ISA_AMX)
@@ -200,8 +204,8 @@ __attribute__((noinline)) void multiply(const Product& p) {
   }
 #endif
   for (; column + 2 * kWidth <= p.columns; column += 2 * kWidth)
-    multiply_strip<math, transposed, accumulate, 2>(p, column);
-  if (column < p.columns) multiply_strip<math, transposed, accumulate, 1>(p, column);
+    multiply_strip<math, transposed, accumulate, fetch, 2>(p, column);
+  if (column < p.columns) multiply_strip<math, transposed, accumulate, fetch, 1>(p, column);
 }
 
 }  // namespace

@@ -19,6 +19,11 @@ LEVELS = ("portable", "avx2", "avx512", "amx")
 
 # instructions that the level's loops must hold, and registers that only a higher one may use
 MARKS = {
+    "anchor_scores_attention_loops": {
+        "avx2": ("vfmadd.*ymm",),
+        "avx512": ("vfmadd.*zmm", "vdpbf16ps.*zmm"),
+        "amx": ("tdpbf16ps",),
+    },
     "anchor_scores_loops": {"avx2": ("vfmadd.*ymm",), "avx512": ("vfmadd.*zmm", "vscalefps.*zmm")},
     "attention_loops": {"avx2": ("vfmadd.*ymm",), "avx512": ("vfmadd.*zmm", "vdpbf16ps.*zmm"), "amx": ("tdpbf16ps",)},
     "attention_backward_loops": {"avx2": ("vfmadd.*ymm",), "avx512": ("vfmadd.*zmm",), "amx": ("vfmadd.*zmm",)},
