@@ -13,6 +13,7 @@ import argparse
 import fnmatch
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -24,7 +25,7 @@ from typing import Any
 import gpu_report
 import results
 from gpu_parts import PARTS
-from gpu_run import ROOT, Outcome, Part, Run, device_of_torch, fingerprint
+from gpu_run import ROOT, Outcome, Part, Run, device_of_torch, fingerprint, stop, stopped
 
 SOURCES = (
     "csrc",
@@ -37,6 +38,8 @@ SOURCES = (
     "setup.py",
     "pyproject.toml",
 )
+#: minutes that parts may take beyond theirs
+OVERTIME = 1.2
 PARTIAL = ("families", "logs", "tests", "others")
 
 
@@ -121,6 +124,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     state = State(folder, name, arguments)
     run = Run(folder.resolve(), arguments.dry_run, arguments.slow, arguments.minutes, os.cpu_count() or 1)
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGALRM, stop)
+    if not arguments.dry_run and not arguments.slow:
+        signal.alarm(round(60 * (arguments.minutes + OVERTIME)))
     _say(
         f"{name}; results in {folder}" + (" (other sources or device than before: all anew)" * state.forgot),
         run.started,
@@ -132,12 +139,17 @@ def main(argv: Sequence[str] | None = None) -> int:
                 _say(f"{part.name}: done before", run.started)
         with ThreadPoolExecutor(max(len(left), 1)) as pool:
             list(pool.map(lambda part: _do(part, run, state), left))
+        if stopped.is_set():
+            _say("stopped: time is up, or so it was asked", run.started)
+            break
         if any(part.needed and not state.is_done(part.name) for part in group):
             _say("the rest needs that: stopped here", run.started)
             break
     files = gpu_report.write_all(folder, state.parts, arguments.dry_run, arguments.archive)
     print("\n" + (folder / "summary.md").read_text())
     print("\n".join(map(str, files)))
+    # once more, and last: of much output the end is what is seen
+    print("\n".join(f"{name}: {part['state']}: {part['what'][:200]}" for name, part in state.parts.items()))
     return 0 if all(state.is_done(part.name) for part in chosen) else 1
 
 

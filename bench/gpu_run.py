@@ -5,6 +5,7 @@ Standard library alone: it runs before anything is built.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -13,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -128,6 +130,17 @@ def mend(lacking: Mapping[str, str]) -> str:
 
 # ---- a run, and its processes ----
 
+_running: set[subprocess.Popen[bytes]] = set()
+stopped = threading.Event()
+
+
+def stop(*_: object) -> None:
+    """A signal's handler: everything ends now, and what was found is written."""
+    stopped.set()
+    for child in list(_running):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+
 
 @dataclass
 class Finished:
@@ -196,19 +209,24 @@ class Run:
                 command, cwd=ROOT, env=variables, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )  # fmt: skip
+            _running.add(child)
             try:
                 return _watched(child, max(limit, 1.0), log, alive, silent)
             except BaseException:  # Ctrl-C: nothing is left behind
                 _end(child)
                 raise
+            finally:
+                _running.discard(child)
 
 
 def _watched(child: subprocess.Popen[bytes], limit: float, log: Path, alive: Path | None, silent: float) -> Finished:
     began = time.time()
     while (left := began + limit - time.time()) > 0:
         try:
-            return Finished(child.wait(min(left, 1.0)), False, log)
+            return Finished(child.wait(min(left, 1.0)), stopped.is_set(), log)
         except subprocess.TimeoutExpired:
+            if stopped.is_set():
+                break
             heard = alive.stat().st_mtime if alive is not None and alive.exists() else 0.0
             if alive is not None and time.time() - max(heard, began) > silent:
                 return Finished(_end(child), False, log, hung=True)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from pathlib import Path
 
@@ -211,6 +214,29 @@ def test_a_process_ends_at_its_limit_with_what_it_started(run, tmp_path):
     running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True)
     if running.returncode == 0:
         assert "sleep 600.125" not in running.stdout.splitlines()
+
+
+def test_a_signal_ends_processes_and_keeps_what_was_found(modules, monkeypatch, tmp_path, capsys):
+    gpu, outcome = modules["gpu"], modules["gpu_run"].Outcome
+
+    def waits(run):
+        threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        done = run.process("waits", ["sleep", "600.375"], 300)
+        return outcome("cut off" if done.cut_off else "failed", f"ended with {done.code}", {"half": 21})
+
+    monkeypatch.setattr(gpu, "PARTS", parts_of(modules, {"waits": waits, "never": lambda run: outcome("done", "")}))
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGALRM)}
+    started = time.monotonic()
+    try:
+        assert gpu.main(["--dry-run", "--output", str(tmp_path)]) == 1
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert time.monotonic() - started < 30
+    parts = json.loads((tmp_path / "gpu.json").read_text())["parts"]
+    assert list(parts) == ["waits"]
+    assert (parts["waits"]["state"], parts["waits"]["found"]) == ("cut off", {"half": 21})
+    assert "stopped" in capsys.readouterr().out
 
 
 def test_a_silent_process_is_ended(run, tmp_path):
