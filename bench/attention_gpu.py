@@ -12,7 +12,7 @@ from . import attention_gpu_peers as peers
 from . import ceilings
 from .attention_peers import Texts, ours
 from .attention_truth import verifier
-from .harness import OURS, Case, Contender, Room, Work, copies
+from .harness import OURS, Case, Contender, Room, Work, copies, prepared
 from .within import other_roads
 
 _DTYPE = torch.bfloat16
@@ -68,7 +68,8 @@ def _build(batch: Batch, gradient: bool, names: tuple[str, ...], room: Room) -> 
     texts = Texts(rows, batch.lengths().to(room.device), grad, table, gradient)
     verify = verifier(texts)
     mine = Contender(OURS, ours(texts), verify, role="ours")
-    found = [make(texts, verify) for name, make in peers.MAKERS.items() if name in names]
+    chosen = {name: make for name, make in peers.MAKERS.items() if name in names}
+    found = [prepared(name, partial(make, texts, verify)) for name, make in chosen.items()]
     others = [contender for contender in found if contender is not None]
     return [mine, *other_roads(mine, names, room), *others, ceilings.matmul(room, _DTYPE)]
 

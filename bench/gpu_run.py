@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ print(json.dumps(found))
 """
 
 
+@cache
 def device_of_torch() -> Device | str:
     """The GPU, or why there is none, by a process of its own: this one never opens the GPU."""
     done = subprocess.run([sys.executable, "-c", _ASK_TORCH], capture_output=True, text=True)

@@ -15,7 +15,7 @@ import embedding_kernels as ek
 
 from . import ceilings
 from .hamming_peers import Corpus
-from .harness import OURS, Case, Contender, Room, Work, compiled
+from .harness import OURS, Case, Contender, Room, Work, compiled, prepared
 from .within import other_roads
 
 SM_80 = "ours, kernels of sm_80"
@@ -203,6 +203,11 @@ def _cupy_distances() -> Callable[[Tensor, Tensor], Tensor]:
     return count
 
 
+def _in_cupy(corpus: Corpus, shape: Shape, verify: Callable[[Any], None]) -> Contender:
+    search = by_popcount(shape, _cupy_distances())
+    return _in_torch(CUPY, search, corpus, verify, "a ReductionKernel of __popcll; torch.topk in parts")
+
+
 def _faiss(corpus: Corpus, shape: Shape, verify: Callable[[Any], None]) -> Contender | None:
     if corpus.on_host or importlib.util.find_spec("faiss") is None:
         return None
@@ -229,15 +234,14 @@ def _build(shape: Shape, names: tuple[str, ...], room: Room) -> list[Contender]:
         search = by_popcount(shape, _fast(distances, room))
         found.append(_in_torch(POPCOUNT, search, corpus, loosely, "int64 words; torch.topk in parts"))
     if CUPY in names and room.device.type == "cuda" and importlib.util.find_spec("cupy") is not None:
-        search = by_popcount(shape, _cupy_distances())
-        found.append(_in_torch(CUPY, search, corpus, loosely, "a ReductionKernel of __popcll; torch.topk in parts"))
+        found.append(prepared(CUPY, partial(_in_cupy, corpus, shape, loosely)))
     if PRODUCT in names:
         search = by_product(shape, _fast(signs, room))
         found.append(
             _in_torch(PRODUCT, search, corpus, loosely, "bfloat16, unpacked in the call; torch.topk, in parts")
         )
     if FAISS in names:
-        found.append(_faiss(corpus, shape, loosely))
+        found.append(prepared(FAISS, partial(_faiss, corpus, shape, loosely)))
     limits = [ceilings.read(room)] if shape.queries == 1 else [ceilings.read(room), ceilings.gemm(room, shape.bits)]
     return [*[contender for contender in found if contender is not None], *limits]
 

@@ -203,6 +203,19 @@ def copies(tensor: torch.Tensor, room: Room, most: int = 64) -> list[torch.Tenso
     return [tensor, *(tensor.clone() for _ in range(min(max(count, 2), most) - 1))]
 
 
+def prepared(name: str, make: Callable[[], Contender | None]) -> Contender | None:
+    """The peer that is made. One that cannot be made is refused by `admit`, as one whose call fails."""
+    try:
+        return make()
+    except Exception as error:
+        failure = error.with_traceback(None)  # which holds what the peer had made
+
+    def call(turn: int) -> Any:
+        raise failure
+
+    return Contender(name, call)
+
+
 def admit(contenders: Sequence[Contender]) -> tuple[list[Contender], dict[str, str]]:
     """Those whose answer is right, and why the others are not timed. A wrong answer of ours ends the run.
 

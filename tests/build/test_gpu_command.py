@@ -315,6 +315,17 @@ def test_a_case_that_fails_keeps_the_others(bench, tmp_path):
     assert [case["title"] for case in whole["left"]] == ["late"]
 
 
+def test_a_peer_that_cannot_be_made_is_refused(bench):
+    def make():
+        raise MemoryError("too large")
+
+    harness = importlib.import_module("bench.harness")
+    assert harness.prepared("none", lambda: None) is None
+    admitted, refused = harness.admit([*two(bench), harness.prepared("large", make)])
+    assert [contender.name for contender in admitted] == [bench.OURS, "peer"]
+    assert refused == {"large": "MemoryError: too large"}
+
+
 def test_a_case_that_ended_its_process_is_not_begun_again(bench, tmp_path):
     import torch
 
