@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from index_model import Model, compare, filled, vectors_of
 
@@ -59,6 +59,10 @@ def changed(index: BinaryIndex, model: Model, change: tuple[str, int, int], dire
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(changes=CHANGES)
+# a segment of which nothing is left
+@example(
+    changes=[("add", 20, 0), ("remove", 4, 0), ("compact", 0, 0), ("save", 0, 0), ("remove", 2, 2), ("compact", 0, 0)]
+)
 def test_any_changes_equal_a_plain_array(monkeypatch: pytest.MonkeyPatch, changes: list[tuple[str, int, int]]) -> None:
     directory = Path(tempfile.mkdtemp())
     index, model = BinaryIndex(DIM), Model(DIM)

@@ -61,7 +61,10 @@ def write_blocks(descriptor: int, blocks: Iterable[Any]) -> str:
     """Write blocks of bytes one after the other; their sha256."""
     digest = hashlib.sha256()
     for block in blocks:
-        rest = memoryview(block).cast("B")
+        whole = memoryview(block)
+        if whole.nbytes == 0:  # which no cast takes
+            continue
+        rest = whole.cast("B")
         digest.update(rest)
         while len(rest):
             rest = rest[write(descriptor, rest) :]
