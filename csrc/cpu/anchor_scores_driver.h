@@ -104,6 +104,7 @@ class AnchorWork {
 template <class ParallelFor>
 void anchor_attention(const AnchorAttentionLoops& loops, const Anchoring& a, uint8_t* out, int64_t threads,
                       const ParallelFor& parallel_for) {
+  if (a.dim == 0) return;  // rows without values need not have an address
   const int64_t lists = a.count * a.view_count, tile = lists < threads ? kQueryTile / 2 : kQueryTile;
   const int64_t parts = (a.heads + tile - 1) / tile;
   const bool worth = a.offsets[a.count] * a.view_count * a.heads * 2 * a.dim >= kSerialProducts;
