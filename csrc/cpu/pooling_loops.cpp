@@ -5,20 +5,29 @@
 namespace embedding_kernels {
 namespace {
 
-// Vectors of columns whose sums stay in registers while the rows go by.
-constexpr int64_t kStrip = kWidth == 16 ? 8 : 4;
+// Vectors of columns that stay in registers while the rows go by: sums, or maxima and their places.
+constexpr int64_t kSumStrip = kWidth == 16 ? 16 : 8, kMaxStrip = kSumStrip / 2;
 
-// Runs `strip` (kStrip vectors), then single vectors, then the rest of the columns through the same kernel.
-template <class Kernel>
+// Runs strips of vectors, then half of one, single vectors and the rest of the columns through the same kernel.
+template <int64_t strip, class Kernel>
 inline void for_strips(int64_t columns, const Kernel& kernel) {
   int64_t c = 0;
-  for (; c + kStrip * kWidth <= columns; c += kStrip * kWidth) kernel.template run<kStrip, false>(c, 0);
+  for (; c + strip * kWidth <= columns; c += strip * kWidth) kernel.template run<strip, false>(c, 0);
+  if (constexpr int64_t half = strip / 2; c + half * kWidth <= columns) {
+    kernel.template run<half, false>(c, 0);
+    c += half * kWidth;
+  }
   for (; c + kWidth <= columns; c += kWidth) kernel.template run<1, false>(c, 0);
   if (c < columns) kernel.template run<1, true>(c, columns - c);
 }
 
-// Rows lie far apart for the processor's own prefetcher, which follows lines, not strips.
-constexpr int64_t kPrefetchRows = 8;
+// Rows lie far apart for the processor's own prefetcher, which follows lines, not strips. Narrow ones go by faster;
+// those a page apart meet in the same places of the first cache, which hold twelve.
+template <Dtype dtype>
+inline int64_t prefetch_distance(int64_t stride) {
+  const bool meet = stride * dtype_bytes(dtype) % 4096 == 0;
+  return (dtype == kFloat32 || meet ? 8 : 16) * stride;
+}
 
 template <Dtype dtype, int64_t vectors>
 inline void prefetch(const void* row, int64_t column) {
@@ -42,34 +51,28 @@ struct SumRows {
     return weighted ? broadcast(weights[r]) * x : x;
   }
 
-  // Compensated (Kahan), four rows at a time: the error does not grow with the length of a sequence.
+  // Sums of a few rows, compensated (Kahan): the error does not grow with the length of a sequence.
   template <int64_t vectors, bool partial>
   inline void run(int64_t column, int64_t part) const {
-    Floats sums[vectors], lost[vectors];
-    for (int64_t v = 0; v < vectors; ++v) sums[v] = lost[v] = Floats{};
-    const auto add = [&](int64_t v, Floats value) {
-      const Floats mended = value - lost[v];
-      const Floats sum = sums[v] + mended;
-      const Floats excess = (sum - sums[v]) - mended;
-      // inf - inf: an infinite sum has lost nothing and stays infinite
-      lost[v] = zero_if_nan(excess);
-      sums[v] = sum;
-    };
-    int64_t r = 0;
-    for (; r + 4 <= count; r += 4) {
-      for (int64_t i = 0; i < 4; ++i) {
-        prefetch<dtype, vectors>(at<dtype>(rows, (r + i + kPrefetchRows) * stride), column);
+    constexpr int64_t kFewRows = 16;
+    const int64_t ahead = prefetch_distance<dtype>(stride);
+    Floats sums[vectors] = {}, lost[vectors] = {};
+    for (int64_t first = 0; first < count; first += kFewRows) {
+      const int64_t last = count - first < kFewRows ? count : first + kFewRows;
+      Floats few[vectors] = {};
+      for (int64_t r = first; r < last; ++r) {
+        prefetch<dtype, vectors>(at<dtype>(rows, r * stride + ahead), column);
+#pragma GCC unroll 16
+        for (int64_t v = 0; v < vectors; ++v) few[v] += term<partial>(r, column + v * kWidth, part);
       }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int64_t v = 0; v < vectors; ++v) {
-        const int64_t c = column + v * kWidth;
-        add(v, (term<partial>(r, c, part) + term<partial>(r + 1, c, part)) +
-                   (term<partial>(r + 2, c, part) + term<partial>(r + 3, c, part)));
+        const Floats mended = few[v] - lost[v];
+        const Floats sum = sums[v] + mended;
+        // inf - inf: an infinite sum has lost nothing and stays infinite
+        lost[v] = zero_if_nan((sum - sums[v]) - mended);
+        sums[v] = sum;
       }
-    }
-    for (; r < count; ++r) {
-#pragma GCC unroll 8
-      for (int64_t v = 0; v < vectors; ++v) add(v, term<partial>(r, column + v * kWidth, part));
     }
     for (int64_t v = 0; v < vectors; ++v) store_at<kFloat32, partial>(sums[v], out, column + v * kWidth, part);
   }
@@ -78,9 +81,9 @@ struct SumRows {
 template <Dtype dtype>
 void sum_rows(const void* rows, int64_t stride, int64_t count, const float* weights, int64_t columns, float* out) {
   if (weights == nullptr) {
-    for_strips(columns, SumRows<dtype, false>{rows, stride, count, weights, out});
+    for_strips<kSumStrip>(columns, SumRows<dtype, false>{rows, stride, count, weights, out});
   } else {
-    for_strips(columns, SumRows<dtype, true>{rows, stride, count, weights, out});
+    for_strips<kSumStrip>(columns, SumRows<dtype, true>{rows, stride, count, weights, out});
   }
 }
 
@@ -92,11 +95,12 @@ struct MaxRows {
 
   template <int64_t vectors, bool partial>
   inline void run(int64_t column, int64_t part) const {
+    const int64_t ahead = prefetch_distance<dtype>(stride);
     Floats best[vectors];
     for (int64_t v = 0; v < vectors; ++v) best[v] = load_at<dtype, partial>(rows, column + v * kWidth, part);
     for (int64_t r = 1; r < count; ++r) {
       const void* row = at<dtype>(rows, r * stride);
-      prefetch<dtype, vectors>(at<dtype>(rows, (r + kPrefetchRows) * stride), column);
+      prefetch<dtype, vectors>(at<dtype>(rows, r * stride + ahead), column);
 #pragma GCC unroll 8
       for (int64_t v = 0; v < vectors; ++v) {
         const Floats x = load_at<dtype, partial>(row, column + v * kWidth, part);
@@ -109,7 +113,7 @@ struct MaxRows {
 
 template <Dtype dtype>
 void max_rows(const void* rows, int64_t stride, int64_t count, int64_t columns, float* out) {
-  for_strips(columns, MaxRows<dtype>{rows, stride, count, out});
+  for_strips<kMaxStrip>(columns, MaxRows<dtype>{rows, stride, count, out});
 }
 
 template <Dtype dtype>
@@ -120,6 +124,7 @@ struct ArgmaxRows {
 
   template <int64_t vectors, bool partial>
   inline void run(int64_t column, int64_t part) const {
+    const int64_t ahead = prefetch_distance<dtype>(stride);
     Floats best[vectors];
     Ints place[vectors];
     for (int64_t v = 0; v < vectors; ++v) {
@@ -128,7 +133,7 @@ struct ArgmaxRows {
     }
     for (int64_t r = 1; r < count; ++r) {
       const void* row = at<dtype>(rows, r * stride);
-      prefetch<dtype, vectors>(at<dtype>(rows, (r + kPrefetchRows) * stride), column);
+      prefetch<dtype, vectors>(at<dtype>(rows, r * stride + ahead), column);
 #pragma GCC unroll 8
       for (int64_t v = 0; v < vectors; ++v) {
         const Floats x = load_at<dtype, partial>(row, column + v * kWidth, part);
@@ -146,7 +151,7 @@ struct ArgmaxRows {
 
 template <Dtype dtype>
 void argmax_rows(const void* rows, int64_t stride, int64_t count, int64_t columns, int32_t* places) {
-  for_strips(columns, ArgmaxRows<dtype>{rows, stride, count, places});
+  for_strips<kMaxStrip>(columns, ArgmaxRows<dtype>{rows, stride, count, places});
 }
 
 template <Dtype dtype>
