@@ -193,17 +193,9 @@ void attend(const AnchorTile& tile) {
   store_output<dtype>(tile, running);
 }
 
-#if defined(EK_ISA_AMX)
-void enter() { configure_tiles(); }
-void leave() { _tile_release(); }
-#else
-void enter() {}
-void leave() {}
-#endif
-
 }  // namespace
 
 extern const AnchorAttentionLoops EK_LEVEL_NAME(anchor_attention_loops) = {
-    enter, leave, {attend<kFloat32>, attend<kBFloat16>, attend<kFloat16>}};
+    enter_tiles, leave_tiles, {attend<kFloat32>, attend<kBFloat16>, attend<kFloat16>}};
 
 }  // namespace embedding_kernels

@@ -198,20 +198,12 @@ float dot(const void* a, const void* b, int64_t columns) {
   return sum_of(sum);
 }
 
-#if defined(EK_ISA_AMX)
-void enter() { configure_tiles(); }
-void leave() { _tile_release(); }
-#else
-void enter() {}
-void leave() {}
-#endif
-
 }  // namespace
 
 #define EK_ALL_DTYPES(loop) {loop<kFloat32>, loop<kBFloat16>, loop<kFloat16>}
 
 extern const AttentionLoops EK_LEVEL_NAME(attention_loops) = {
-    enter, leave, EK_ALL_DTYPES(prepare), EK_ALL_DTYPES(attend), EK_ALL_DTYPES(blend), EK_ALL_DTYPES(dot),
+    enter_tiles, leave_tiles, EK_ALL_DTYPES(prepare), EK_ALL_DTYPES(attend), EK_ALL_DTYPES(blend), EK_ALL_DTYPES(dot),
 };
 
 }  // namespace embedding_kernels

@@ -28,3 +28,18 @@ inline void configure_tiles() {
 }  // namespace embedding_kernels
 
 #endif
+
+namespace embedding_kernels {
+namespace {
+
+// Before and after a thread's work, at every level.
+#if defined(EK_ISA_AMX)
+inline void enter_tiles() { configure_tiles(); }
+inline void leave_tiles() { _tile_release(); }
+#else
+inline void enter_tiles() {}
+inline void leave_tiles() {}
+#endif
+
+}  // namespace
+}  // namespace embedding_kernels

@@ -24,6 +24,9 @@ SIZES = (
     ((2, 300), 1, 2, 37),
     ((20, 3), 1, 17, 1000),
     ((5,), 1, 3, 1032),
+    # more heads than are worked on at once; the latter also where there are fewer lists than threads
+    ((33, 2), 2, 40, 32),
+    ((50,), 1, 20, 64),
     ((0,), 2, 1, 8),
     ((), 2, 2, 8),
     ((4,), 2, 3, 0),

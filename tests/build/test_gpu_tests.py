@@ -87,6 +87,10 @@ def test_every_fate_is_told(modules, monkeypatch, made_up, tmp_path):
     assert logs == {path: path.stat().st_mtime_ns for path in (run.folder / "tests").glob("*.jsonl")}
 
 
+def test_the_plugin_and_the_part_mean_the_same_code(modules):
+    assert importlib.import_module("gpu_rows").BROKEN_DEVICE == modules["gpu_tests"].BROKEN_DEVICE
+
+
 def test_what_time_does_not_allow_is_left(modules, made_up, tmp_path):
     run = modules["gpu_run"].Run(tmp_path / "out", dry_run=False, slow=False, minutes=5.0, cores=1)
     outcome = modules["gpu_tests"].tests("tests", [str(made_up)], run, 8)
