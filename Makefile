@@ -67,8 +67,7 @@ sanitize: $(VENV)/.extra-test+demo+bench
 	mkdir -p $(SANITIZED)
 	cp -rL python/embedding_kernels $(SANITIZED)/
 	rm -f $(SANITIZED)/embedding_kernels/*.so
-	EMBEDDING_KERNELS_SANITIZE=ON EMBEDDING_KERNELS_CUDA=OFF CMAKE_BUILD_TYPE=RelWithDebInfo \
-	  $(RUN) setup.py -q build_ext --build-lib $(SANITIZED)
+	EMBEDDING_KERNELS_SANITIZE=ON EMBEDDING_KERNELS_CUDA=OFF $(RUN) setup.py -q build_ext --build-lib $(SANITIZED)
 	$(SANITIZER) $(RUN) -c "import embedding_kernels as e; assert '$(SANITIZED)' in e.__file__, e.__file__"
 	# of codes of every width one kind: the others read the same bytes
 	# -s: a sanitizer ends the process, and what it says must not be lost with what pytest has captured

@@ -132,6 +132,8 @@ def mend(lacking: Mapping[str, str]) -> str:
 
 # ---- a run, and its processes ----
 
+#: until a process says its first word: many at once import torch and collect every test
+STARTING_SECONDS = 120.0
 _running: set[subprocess.Popen[bytes]] = set()
 stopped = threading.Event()
 
@@ -200,8 +202,9 @@ class Run:
     ) -> Finished:
         """Run to its end or its limit, with whatever it started, in the tree's own Python path.
 
-        One that writes to the file ``alive`` as it goes is ended where it wrote nothing for ``silent`` seconds: a
-        kernel that waits for ever must not take the time of what comes behind it.
+        One that writes to the file ``alive`` as it goes is ended where it wrote nothing for ``silent`` seconds, or
+        nothing at all for `STARTING_SECONDS`: a kernel that waits for ever must not take the time of what comes
+        behind it.
         """
         log = self.path("logs", f"{name.replace(':', '-').replace('/', '-')}.log")
         paths = [str(ROOT / "python"), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
@@ -229,10 +232,15 @@ def _watched(child: subprocess.Popen[bytes], limit: float, log: Path, alive: Pat
         except subprocess.TimeoutExpired:
             if stopped.is_set():
                 break
-            heard = alive.stat().st_mtime if alive is not None and alive.exists() else 0.0
-            if alive is not None and time.time() - max(heard, began) > silent:
+            if alive is not None and _silent(alive, began, silent):
                 return Finished(_end(child), False, log, hung=True)
     return Finished(_end(child), True, log)
+
+
+def _silent(alive: Path, began: float, silent: float) -> bool:
+    """Whether a process that began then has been silent for too long."""
+    heard = alive.stat().st_mtime if alive.exists() else 0.0
+    return time.time() - max(heard, began) > (silent if heard > began else max(silent, STARTING_SECONDS))
 
 
 def _end(child: subprocess.Popen[bytes]) -> int:

@@ -208,7 +208,7 @@ def test_what_is_missing_is_named_with_its_mending(modules, monkeypatch, run):
 def test_a_process_ends_at_its_limit_with_what_it_started(run, tmp_path):
     program = "import subprocess, sys, time; print('begun', flush=True); subprocess.run(['sleep', '600.125'])"
     started = time.monotonic()
-    done = run.process("sleeps", [sys.executable, "-c", program], 3)
+    done = run.process("sleeps", [sys.executable, "-c", program], 8)
     assert time.monotonic() - started < 30
     assert (done.cut_off, done.ok, done.last_line) == (True, False, "begun")
     running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True)

@@ -67,7 +67,7 @@ def made_up(tmp_path) -> Path:
 
 
 def test_every_fate_is_told(modules, monkeypatch, made_up, tmp_path):
-    monkeypatch.setattr(modules["gpu_tests"], "SILENT_SECONDS", 6.0)
+    monkeypatch.setattr(modules["gpu_tests"], "SILENT_SECONDS", 15.0)
     run = modules["gpu_run"].Run(tmp_path / "out", dry_run=False, slow=False, minutes=5.0, cores=5)
     outcome = modules["gpu_tests"].tests("tests", [str(made_up)], run, 120)
     assert outcome.state == "failed", outcome
@@ -78,7 +78,7 @@ def test_every_fate_is_told(modules, monkeypatch, made_up, tmp_path):
     assert failures.keys() == {"test_fails[cuda_hopper]", "test_ends[triton]", "test_waits[triton]"}
     assert failures["test_fails[cuda_hopper]"].startswith("AssertionError: one is not two")
     assert failures["test_ends[triton]"].startswith("ended its process with code 5")
-    assert failures["test_waits[triton]"].startswith("said nothing for 6 s")
+    assert failures["test_waits[triton]"].startswith("said nothing for 15 s")
     assert outcome.found["skips"] == {"Skipped: no kernel": 1}
     # nothing is run again
     logs = {path: path.stat().st_mtime_ns for path in (run.folder / "tests").glob("*.jsonl")}

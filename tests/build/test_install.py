@@ -36,15 +36,28 @@ def build_wheel(tree: Path, **environment: str) -> subprocess.CompletedProcess[s
     )
 
 
+#: the compiler, for which every source of ours is empty: what a wheel holds does not wait for loops to be optimised
+HASTY = """#!/bin/bash
+source="${@: -1}"
+case "$source" in
+  */csrc/*.cpp) exec c++ "${@:1:$#-1}" -x c++ /dev/null ;;
+  *) exec c++ "$@" ;;
+esac
+"""
+
+
 @pytest.mark.slow
 def test_a_wheel_holds_the_sources_of_now_and_no_others(tmp_path):
     tree = tree_copy(tmp_path / "tree")
+    hasty = tmp_path / "hasty"
+    hasty.write_text(HASTY)
+    hasty.chmod(0o755)
     stale = tree / "kernels" / "stale.py"
     stale.write_text("raise ImportError\n")
-    assert build_wheel(tree).returncode == 0
+    assert build_wheel(tree, CXX=str(hasty)).returncode == 0
     stale.unlink()
     shutil.rmtree(tree / "dist")
-    result = build_wheel(tree)
+    result = build_wheel(tree, CXX=str(hasty))
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     (wheel,) = (tree / "dist").glob("*.whl")
     held = set(zipfile.ZipFile(wheel).namelist())

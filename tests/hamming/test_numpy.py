@@ -175,9 +175,9 @@ def long_call():
     while taken < 0.2:
         queries *= 2
         asked = random_codes(queries, 64)
-        start = time.perf_counter()
+        start = time.thread_time()  # what others take of the processor is not the call's
         ekn.hamming_range(asked, codes, 1, num_threads=1)
-        taken = time.perf_counter() - start
+        taken = time.thread_time() - start
     return lambda: ekn.hamming_range(asked, codes, 1, num_threads=1)
 
 
