@@ -12,7 +12,7 @@ RUN = $(VENV)/bin/python
 CLANG_SOURCES = '*.cpp' '*.h' '*.cu' '*.cuh'
 SOURCES = $(shell find csrc CMakeLists.txt setup.py pyproject.toml -type f)
 
-.PHONY: demo test bench lint sanitize gpu clean format
+.PHONY: demo test bench lint sanitized sanitize gpu clean format
 .DELETE_ON_ERROR:
 
 $(VENV)/.torch:
@@ -62,12 +62,13 @@ SANITIZED = build/sanitized
 # without libstdc++ beside it, the first C++ exception would end the process
 SANITIZER = PYTHONPATH=$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 \
   LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so.6)"
-sanitize: $(VENV)/.extra-test+demo+bench
+sanitized: $(VENV)/.built
 	rm -rf $(SANITIZED)
 	mkdir -p $(SANITIZED)
 	cp -rL python/embedding_kernels $(SANITIZED)/
 	rm -f $(SANITIZED)/embedding_kernels/*.so
 	EMBEDDING_KERNELS_SANITIZE=ON EMBEDDING_KERNELS_CUDA=OFF $(RUN) setup.py -q build_ext --build-lib $(SANITIZED)
+sanitize: sanitized $(VENV)/.extra-test+demo+bench
 	$(SANITIZER) $(RUN) -c "import embedding_kernels as e; assert '$(SANITIZED)' in e.__file__, e.__file__"
 	# of codes of every width one kind: the others read the same bytes
 	# -s: a sanitizer ends the process, and what it says must not be lost with what pytest has captured

@@ -16,6 +16,7 @@ if not HAS_GPU:
     # read when triton is first imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import interpreter  # noqa: E402
 from cuda_host import backend as cuda_host  # noqa: E402
 from embedding_kernels.ops._registry import has_cuda_kernel  # noqa: E402
 
@@ -46,6 +47,8 @@ def _why_not(backend: str) -> str | None:
 
         if not HAS_GPU and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0":
             return "triton 3.6's interpreter needs numpy < 2.4"
+        if not HAS_GPU:
+            interpreter.hasten()
     return None
 
 
