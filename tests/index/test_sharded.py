@@ -78,7 +78,7 @@ def run_by_hand(mode: str) -> list[list]:
         for rank in (0, 1)
     ]
     try:
-        out, errors = ranks[0].communicate(timeout=60)
+        out, errors = ranks[0].communicate(timeout=180)
         assert ranks[0].returncode == 0, errors[-3000:]
         return [json.loads(line) for line in out.splitlines()]
     finally:
@@ -99,8 +99,8 @@ def test_a_killed_rank_is_an_error() -> None:
 def test_a_silent_rank_is_an_error_in_time() -> None:
     for (kind, message, seconds), op in zip(run_by_hand("silent"), ("search", "ShardedBinaryIndex"), strict=True):
         assert kind == "RuntimeError"
-        assert message.startswith(f"{op}: rank(s) died or did not answer rank 0 of 2 within 1.5 s: ")
-        assert 1 < seconds < 15
+        assert message.startswith(f"{op}: rank(s) died or did not answer rank 0 of 2 within 4 s: ")
+        assert 3 < seconds < 30
 
 
 def test_needs_a_process_group() -> None:
