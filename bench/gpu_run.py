@@ -209,6 +209,7 @@ class Run:
         log = self.path("logs", f"{name.replace(':', '-').replace('/', '-')}.log")
         paths = [str(ROOT / "python"), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
         variables = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **(environment or {})}
+        listener = _Listener(alive, silent) if alive is not None else None
         with log.open("wb") as output:
             child = subprocess.Popen(
                 command, cwd=ROOT, env=variables, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
@@ -216,7 +217,7 @@ class Run:
             )  # fmt: skip
             _running.add(child)
             try:
-                return _watched(child, max(limit, 1.0), log, alive, silent)
+                return _watched(child, max(limit, 1.0), log, listener)
             except BaseException:  # Ctrl-C: nothing is left behind
                 _end(child)
                 raise
@@ -224,7 +225,24 @@ class Run:
                 _running.discard(child)
 
 
-def _watched(child: subprocess.Popen[bytes], limit: float, log: Path, alive: Path | None, silent: float) -> Finished:
+class _Listener:
+    """To what a process writes as it goes; made before it starts, or its first words might count as older."""
+
+    def __init__(self, alive: Path, silent: float) -> None:
+        self._alive, self._silent = alive, silent
+        self._began, self._before = time.time(), self._heard()
+
+    def _heard(self) -> float:
+        return self._alive.stat().st_mtime if self._alive.exists() else 0.0
+
+    def waited_too_long(self) -> bool:
+        heard = self._heard()
+        if heard == self._before:
+            return time.time() - self._began > max(self._silent, STARTING_SECONDS)
+        return time.time() - heard > self._silent
+
+
+def _watched(child: subprocess.Popen[bytes], limit: float, log: Path, listener: _Listener | None) -> Finished:
     began = time.time()
     while (left := began + limit - time.time()) > 0:
         try:
@@ -232,15 +250,9 @@ def _watched(child: subprocess.Popen[bytes], limit: float, log: Path, alive: Pat
         except subprocess.TimeoutExpired:
             if stopped.is_set():
                 break
-            if alive is not None and _silent(alive, began, silent):
+            if listener is not None and listener.waited_too_long():
                 return Finished(_end(child), False, log, hung=True)
     return Finished(_end(child), True, log)
-
-
-def _silent(alive: Path, began: float, silent: float) -> bool:
-    """Whether a process that began then has been silent for too long."""
-    heard = alive.stat().st_mtime if alive.exists() else 0.0
-    return time.time() - max(heard, began) > (silent if heard > began else max(silent, STARTING_SECONDS))
 
 
 def _end(child: subprocess.Popen[bytes]) -> int:
