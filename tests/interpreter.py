@@ -9,10 +9,14 @@ from functools import cache
 
 @cache
 def hasten() -> None:
-    """Replaces three functions of triton 3.6 by ones of the same results."""
+    """Replaces three functions of triton 3.6 by ones of the same results; leaves other versions as they are."""
     import numpy as np
+    import triton
     import triton.language as tl
     from triton.runtime import interpreter
+
+    if not triton.__version__.startswith("3.6."):
+        return
 
     patch, numpy_dtype = interpreter._patch_lang, cache(interpreter._get_np_dtype)
 
