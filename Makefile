@@ -62,6 +62,7 @@ SANITIZED = build/sanitized
 # without libstdc++ beside it, the first C++ exception would end the process
 SANITIZER = PYTHONPATH=$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 \
   LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libstdc++.so.6)"
+# without the tests' packages, so that it can be compiled while those are unpacked
 sanitized: $(VENV)/.built
 	rm -rf $(SANITIZED)
 	mkdir -p $(SANITIZED)
